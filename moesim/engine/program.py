@@ -1,0 +1,117 @@
+"""A timed program: what every rank does, in which order, on which stream.
+
+One form serves both executors: the SimPy engine (`moesim.engine.simulate`) and the vectorised
+recurrence (`moesim.engine.evaluate`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import EngineError
+
+__all__ = ["STREAMS", "FloatArray", "IntArray", "Program", "Task"]
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+STREAMS = ("compute", "comm", "copy")
+"""In-order queues that each rank has, as CUDA streams are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One operator on a set of ranks.
+
+    A rank starts a task when its stream is free and the tasks in `after` have ended *on that rank*;
+    a collective starts on every member when the last member is ready. Ranks outside `group` skip it.
+    """
+
+    name: str
+    """Operator, with its layer: ``moe.17.dispatch``."""
+    stream: str
+    """One of `STREAMS`; tasks of one stream run in the order of the program."""
+    duration_s: FloatArray
+    """Time alone on its stream, broadcastable to (n_points, n_ranks) [s]."""
+    after: tuple[int, ...] = ()
+    """Positions, in the program, of tasks that must end first; each is earlier than this one."""
+    group: IntArray | None = None
+    """(n_ranks,) collective that each rank joins, -1 = takes no part; None = each rank by itself."""
+    category: str = ""
+    """Kind of work, for the breakdown of a step's time: ``attention``, ``expert_ffn``, ``dispatch``..."""
+    link: str | None = None
+    """Class of link that the task fills (``nvlink``, ``nic``, ``pcie``); None where it fills none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Tasks in issue order over `n_ranks` ranks, for `n_points` workload sizes at once."""
+
+    n_ranks: int
+    tasks: tuple[Task, ...]
+    n_points: int = 1
+    labels: tuple[str, ...] = field(default=())
+    """Names of the ranks for the timeline; empty = numbered."""
+
+    def __post_init__(self) -> None:
+        if self.n_ranks < 1 or self.n_points < 1:
+            raise EngineError("n_ranks and n_points are at least 1", value=(self.n_ranks, self.n_points))
+        if self.labels and len(self.labels) != self.n_ranks:
+            raise EngineError(f"labels name all {self.n_ranks} ranks or none", value=self.labels)
+        checked: set[int] = set()  # planners share one group array among hundreds of tasks
+        for position, task in enumerate(self.tasks):
+            self._check(position, task)
+            if task.group is not None and id(task.group) not in checked:
+                checked.add(id(task.group))
+                self._check_group(task.name, task.group)
+
+    def _check(self, position: int, task: Task) -> None:
+        if task.stream not in STREAMS:
+            raise EngineError(f"a stream is one of {STREAMS}", value=task.stream, place=task.name)
+        for earlier in task.after:
+            if not 0 <= earlier < position:
+                raise EngineError("a task waits only for earlier ones", value=task.after, place=task.name)
+        # by hand: np.broadcast_to would cost more than the evaluation of the task
+        shape = np.shape(task.duration_s)
+        wanted = (self.n_points, self.n_ranks)[2 - len(shape) :] if len(shape) <= 2 else None
+        if shape != wanted and (
+            wanted is None or any(n not in (1, full) for n, full in zip(shape, wanted, strict=True))
+        ):
+            raise EngineError(
+                f"duration does not broadcast to {(self.n_points, self.n_ranks)}",
+                value=shape,
+                place=task.name,
+            )
+
+    def _check_group(self, place: str, group: IntArray) -> None:
+        if np.shape(group) != (self.n_ranks,):
+            raise EngineError(
+                f"group needs one entry per rank ({self.n_ranks})", value=np.shape(group), place=place
+            )
+        if group.dtype.kind not in "iu" or int(group.min()) < -1:
+            raise EngineError(
+                "a group id is an integer >= 0, or -1 to take no part", value=group, place=place
+            )
+
+    def duration_at_s(self, task: Task, point: int) -> FloatArray:
+        """(n_ranks,) duration of one of its tasks at one point [s]."""
+        duration_s = np.asarray(task.duration_s, dtype=np.float64)
+        if duration_s.ndim == 2:
+            duration_s = duration_s[point if len(duration_s) > 1 else 0]
+        return np.broadcast_to(duration_s, (self.n_ranks,))
+
+    def check_durations(self) -> None:
+        """Raise an EngineError where a duration is negative, infinite or not a number.
+
+        Apart from construction because it reads every element: `evaluate` and `simulate` call it,
+        `makespan` does not.
+        """
+        for task in self.tasks:
+            lowest_s = np.minimum.reduce(task.duration_s, axis=None)
+            highest_s = np.maximum.reduce(task.duration_s, axis=None)
+            if not (lowest_s >= 0 and highest_s < np.inf):  # so written that NaN fails too
+                bad_s = highest_s if lowest_s >= 0 else lowest_s
+                raise EngineError("a duration is finite and >= 0 s", value=float(bad_s), place=task.name)

@@ -1,0 +1,183 @@
+"""A program on a SimPy clock: streams as processes, collectives as meetings, links shared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+
+import numpy as np
+import simpy
+
+from moesim.engine.folding import fold
+from moesim.engine.links import Flow, SharedLinks
+from moesim.engine.program import STREAMS, FloatArray, Program
+from moesim.engine.timeline import Timeline
+from moesim.errors import EngineError
+
+__all__ = ["simulate"]
+
+NAN = float("nan")
+Steps = Generator[simpy.Event, None, None]
+
+
+def simulate(program: Program, point: int = 0, *, contention: bool = True, folding: bool = True) -> Timeline:
+    """Run one point of a program on a clock.
+
+    Parameters
+    ----------
+    program
+        Tasks over ranks.
+    point
+        Which of its workload sizes.
+    contention
+        Tasks with the same `link` that overlap on a rank share it equally; False = as if alone.
+    folding
+        Ranks that are exact copies are simulated once; changes the time it takes, not the result.
+
+    Returns
+    -------
+    Timeline
+        Ready, start and end of every task on every rank.
+
+    Raises
+    ------
+    EngineError
+        Where the program has no such point, or a duration is negative or not finite.
+
+    Notes
+    -----
+    Deterministic: SimPy breaks ties in time by the order in which events were made. It cannot deadlock:
+    of the tasks not yet ended, the first in program order is first on the stream of each of its ranks,
+    and waits only for tasks that have ended.
+    """
+    if not 0 <= point < program.n_points:
+        raise EngineError(f"the program has points 0 to {program.n_points - 1}", value=point)
+    program.check_durations()
+    class_of = np.arange(program.n_ranks)
+    small, small_point = program, point
+    if folding:
+        folded = fold(program, point)
+        small, small_point, class_of = folded.program, 0, folded.class_of
+    run = _Run(small, small_point, contention)
+    run.env.run()
+    ready_s, start_s, end_s = (times.by_task()[:, class_of] for times in (run.ready, run.start, run.end))
+    return Timeline(program, point, ready_s, start_s, end_s)
+
+
+class _Times:
+    """One time for each task and rank, NaN until it is known."""
+
+    def __init__(self, n_tasks: int, n_ranks: int) -> None:
+        self.n_ranks = n_ranks
+        self.rows = [[NAN] * n_ranks for _ in range(n_tasks)]
+
+    def by_task(self) -> FloatArray:
+        return np.array(self.rows, dtype=np.float64).reshape(-1, self.n_ranks)
+
+
+class _Meeting:
+    """One collective: who is in it, who is still awaited."""
+
+    def __init__(self, env: simpy.Environment, ranks: list[int]) -> None:
+        self.ranks = ranks
+        self.n_awaited = len(ranks)
+        self.begins = env.event()
+        self.flow: Flow | None = None
+
+
+class _Run:
+    """One simulation: a process for each rank and stream that has something to do."""
+
+    def __init__(self, program: Program, point: int, contention: bool) -> None:
+        self.env = simpy.Environment()
+        self.tasks = program.tasks
+        self.durations_s = [program.duration_at_s(task, point).tolist() for task in program.tasks]
+        self.ready, self.start, self.end = (_Times(len(self.tasks), program.n_ranks) for _ in range(3))
+        self.waited_for: dict[tuple[int, int], simpy.Event] = {}
+        self.links = SharedLinks(self.env)
+        self.contended = _links_of_several_streams(program) if contention else frozenset()
+        self.meetings = self._meetings()
+        for stream in STREAMS:
+            positions = [position for position, task in enumerate(self.tasks) if task.stream == stream]
+            for rank in range(program.n_ranks if positions else 0):
+                self.env.process(self._run_stream(rank, positions))
+
+    def _meetings(self) -> list[list[_Meeting | None] | None]:
+        """For each task, each rank's collective; None = each by itself, None for a rank = no part."""
+        members: dict[int, dict[int, list[int]]] = {}
+        meetings: list[list[_Meeting | None] | None] = []
+        for task in self.tasks:
+            if task.group is None:
+                meetings.append(None)
+                continue
+            if id(task.group) not in members:
+                ranks_of = members[id(task.group)] = {}
+                for rank, one in enumerate(task.group.tolist()):
+                    ranks_of.setdefault(one, []).append(rank)
+            made = {
+                one: _Meeting(self.env, ranks) if one >= 0 else None
+                for one, ranks in members[id(task.group)].items()
+            }
+            meetings.append([made[one] for one in task.group.tolist()])
+        return meetings
+
+    def _run_stream(self, rank: int, positions: list[int]) -> Steps:
+        """Take the tasks of one stream of one rank in order."""
+        for position in positions:
+            meetings = self.meetings[position]
+            meeting = None
+            if meetings is not None:
+                meeting = meetings[rank]
+                if meeting is None:
+                    continue
+            for earlier in self.tasks[position].after:
+                if not self._over(earlier, rank):
+                    yield self.waited_for.setdefault((earlier, rank), self.env.event())
+            self.ready.rows[position][rank] = self.env.now
+            if meeting is None:
+                self.start.rows[position][rank] = self.env.now
+                yield self._work(position, rank)
+            else:
+                yield from self._meet(position, rank, meeting)
+            self.end.rows[position][rank] = self.env.now
+            waiter = self.waited_for.pop((position, rank), None)
+            if waiter is not None:
+                waiter.succeed()
+
+    def _over(self, position: int, rank: int) -> bool:
+        """Whether a task has ended on a rank, or has no part there."""
+        meetings = self.meetings[position]
+        ended = not math.isnan(self.end.rows[position][rank])
+        return ended or (meetings is not None and meetings[rank] is None)
+
+    def _work(self, position: int, rank: int) -> simpy.Event:
+        """Event at the end of a task that one rank does by itself."""
+        duration_s = self.durations_s[position][rank]
+        link = self.tasks[position].link
+        if link is not None and link in self.contended:
+            return self.links.start(link, [rank], [duration_s]).done[rank]
+        return self.env.timeout(duration_s)
+
+    def _meet(self, position: int, rank: int, meeting: _Meeting) -> Steps:
+        """Wait for the last member, then hold the stream for this rank's own time."""
+        link = self.tasks[position].link
+        durations_s = self.durations_s[position]
+        meeting.n_awaited -= 1
+        if meeting.n_awaited:
+            yield meeting.begins
+        else:
+            if link is not None and link in self.contended:
+                works_s = [durations_s[one] for one in meeting.ranks]
+                meeting.flow = self.links.start(link, meeting.ranks, works_s)
+            meeting.begins.succeed()
+        self.start.rows[position][rank] = self.env.now
+        yield self.env.timeout(durations_s[rank]) if meeting.flow is None else meeting.flow.done[rank]
+
+
+def _links_of_several_streams(program: Program) -> frozenset[str]:
+    """Links that tasks of one rank can want at once: a stream never overlaps with itself."""
+    users: dict[str, set[str]] = {}
+    for task in program.tasks:
+        if task.link is not None:
+            users.setdefault(task.link, set()).add(task.stream)
+    return frozenset(link for link, streams in users.items() if len(streams) > 1)
