@@ -1,0 +1,209 @@
+"""Operators to seconds, by the profile of one device and the kernels of one engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from moesim.cost.attention import attention_decode_s, attention_prefill_s
+from moesim.cost.backend import Backend
+from moesim.cost.elementwise import elementwise_s
+from moesim.cost.expert_ffn import ExpertFfnParameters, expert_ffn_s
+from moesim.cost.gemm import dense_gemm_s
+from moesim.cost.router import router_s
+from moesim.errors import ProfileError
+from moesim.hardware.cluster import Cluster
+from moesim.hardware.gpu import Gpu
+from moesim.hardware.profile import Family, Profile
+from moesim.network.collectives import all_gather_s, all_reduce_s, reduce_scatter_s, send_recv_s
+from moesim.network.exchange import combine_s, dispatch_s
+from moesim.network.params import NetworkParams
+from moesim.work.case import Case
+from moesim.work.ops import (
+    AllGather,
+    AllReduce,
+    AttentionDecode,
+    AttentionPrefill,
+    Combine,
+    DenseGemm,
+    Dispatch,
+    Elementwise,
+    ExpertFfn,
+    FloatArray,
+    Op,
+    Pause,
+    ReduceScatter,
+    Router,
+    SendRecv,
+)
+
+__all__ = ["GroupShape", "Pricer"]
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """Ranks of one communication group, and how many of them share a scale-up domain."""
+
+    n_ranks: int
+    ranks_per_domain: int
+
+    @property
+    def crosses_domains(self) -> bool:
+        """Whether some of its traffic leaves the scale-up domain."""
+        return self.ranks_per_domain < self.n_ranks
+
+
+@dataclass(frozen=True, eq=False)
+class Pricer:
+    """Seconds of operators of one case."""
+
+    case: Case
+    profile: Profile
+    backend: Backend
+    decode: bool
+    """Which of DeepEP's two expert layouts the sorted rows have."""
+
+    @cached_property
+    def network(self) -> NetworkParams:
+        """Parameters of the collectives."""
+        return NetworkParams.from_profile(self.profile)
+
+    @property
+    def cluster(self) -> Cluster:
+        """The case's cluster."""
+        return self.case.cluster
+
+    @cached_property
+    def computing(self) -> Gpu:
+        """The GPU that compute kernels see: less the SMs that an overlapped exchange keeps."""
+        gpu = self.cluster.gpu
+        if self.case.overlap == "none" or self.case.dispatch in ("allreduce", "allgather"):
+            return gpu
+        left = gpu.n_sms - self.network.sms_taken(self.case.dispatch)
+        rates = {unit: rate * left / gpu.n_sms for unit, rate in gpu.flops_per_s.items()}
+        return gpu.model_copy(update={"n_sms": left, "flops_per_s": rates})
+
+    def group(self, name: str) -> GroupShape:
+        """Size and spread of one of the layout's groups: ``tp``, ``etp``, ``ep``, ``tp_ep``, ``dp``, ``edp``, ``pp``."""
+        layout, domain = self.case.layout, self.cluster.scale_up_ranks
+        n_ranks, stride = {
+            "tp": (layout.tp, 1),
+            "etp": (layout.etp, 1),
+            "ep": (layout.ep, layout.etp),
+            "tp_ep": (layout.group_ranks, 1),
+            "dp": (layout.dp, layout.tp),
+            "edp": (layout.edp, layout.ep * layout.etp),
+            "pp": (layout.pp, layout.tp * layout.dp),
+        }[name]
+        return GroupShape(n_ranks, min(n_ranks, max(1, domain // stride)))
+
+    def _spread(self, name: str) -> dict[str, int]:
+        """A group's size and how many of it share a domain: an expert's shards stand between its peers."""
+        shape = self.group(name)
+        return {"n_ranks": shape.n_ranks, "ranks_per_node_in_group": shape.ranks_per_domain}
+
+    def families(self, op: Op) -> tuple[Family, ...]:
+        """The profile's families that price an operator, the one that says most first."""
+        find = self.profile.family
+        match op:
+            case DenseGemm():
+                return (find("gemm", *self.backend.gemm_for(op.dtype)),)
+            case ExpertFfn():
+                return (self._expert_family(op),)
+            case AttentionPrefill():
+                return (find("attention_prefill", f"{op.kind}-fa3", op.kv_dtype),)
+            case AttentionDecode():
+                return (find("attention_decode", f"{op.kind}-fa3", op.kv_dtype),)
+            case Elementwise():
+                return (find("elementwise", "fused"),)
+            case Router():
+                return find("router", "fused-topk"), find("gemm", *self.backend.gemm_for("bfloat16"))
+            case Pause():
+                return (find("host", self.backend.name),)
+            case _:
+                return self._network_families(op)
+
+    def _network_families(self, op: Op) -> tuple[Family, ...]:
+        """Families of a collective; those of the levels it crosses, and of the engine's own kernel."""
+        find = self.profile.family
+        if isinstance(op, Dispatch | Combine):
+            if op.kind == "nccl":
+                return (find("all_to_all", "nccl"),)
+            way = "ep_dispatch" if isinstance(op, Dispatch) else "ep_combine"
+            return (find(way, f"deepep-{op.kind}"),)
+        if isinstance(op, SendRecv):
+            return (find("send_recv", "nccl"),)
+        name = {AllReduce: "all_reduce", AllGather: "all_gather"}.get(type(op), "reduce_scatter")
+        crosses = isinstance(op, AllReduce | AllGather | ReduceScatter) and self.group(op.group).crosses_domains
+        families = (find(name, "nccl", "bfloat16"),)
+        if crosses:
+            return (*families, find("inter_node", "nccl"))
+        return (find(name, self.backend.all_reduce), *families) if name == "all_reduce" else families
+
+    def _expert_family(self, op: ExpertFfn) -> Family:
+        if op.deepep_layout and op.dtype == "fp8_block":
+            variant = "decode" if self.decode else "context"
+            return self.profile.family("moe_ffn", f"{self.backend.exchange_sorted}-{variant}", op.dtype)
+        return self.profile.family("moe_ffn", self.backend.expert_ffn_for(op.dtype), op.dtype)
+
+    def seconds(self, op: Op) -> FloatArray:
+        """(n_points, n_layers, n_ranks), or what broadcasts to it, time of one operator alone [s]."""
+        match op:
+            case AllReduce() | AllGather() | ReduceScatter() | SendRecv():
+                return self._collective_s(op)
+            case Dispatch():
+                return dispatch_s(op, cluster=self.cluster, params=self.network, **self._spread(op.group))
+            case Combine():
+                return combine_s(op, cluster=self.cluster, params=self.network, **self._spread(op.group))
+            case _:
+                return self._compute_s(op)
+
+    def _compute_s(self, op: Op) -> FloatArray:
+        families, gpu = self.families(op), self.computing
+        params = families[0].values()
+        match op:
+            case DenseGemm():
+                return dense_gemm_s(op, gpu=gpu, params=params)
+            case ExpertFfn():
+                return expert_ffn_s(op, gpu=gpu, params=ExpertFfnParameters.from_values(params))
+            case AttentionPrefill():
+                return attention_prefill_s(op, gpu=gpu, params=params)
+            case AttentionDecode():
+                return attention_decode_s(op, gpu=gpu, params=params)
+            case Elementwise():
+                return elementwise_s(op, gpu=gpu, params=params)
+            case Router():
+                return router_s(op, gpu=gpu, params=params, gemm_params=families[1].values())
+            case Pause():
+                return np.asarray(params["step_s"] + params["per_sequence_s"] * op.n_sequences)
+            case _:
+                raise ProfileError(f"no cost is known for a {type(op).__name__}")
+
+    def _collective_s(self, op: AllReduce | AllGather | ReduceScatter | SendRecv) -> FloatArray:
+        shape = self.group(op.group)
+        if isinstance(op, SendRecv):
+            return send_recv_s(
+                op.payload_bytes,
+                same_domain=not shape.crosses_domains,
+                cluster=self.cluster,
+                params=self.network,
+            )
+        if isinstance(op, AllReduce):
+            return all_reduce_s(
+                op.payload_bytes,
+                n_ranks=shape.n_ranks,
+                ranks_per_node_in_group=shape.ranks_per_domain,
+                cluster=self.cluster,
+                params=self.network,
+                backend=self.backend.all_reduce,
+            )
+        price = all_gather_s if isinstance(op, AllGather) else reduce_scatter_s
+        return price(
+            op.payload_bytes,
+            n_ranks=shape.n_ranks,
+            ranks_per_node_in_group=shape.ranks_per_domain,
+            cluster=self.cluster,
+            params=self.network,
+        )

@@ -1,0 +1,176 @@
+"""Fitted parameters of one device, with where each is from and how wrong it was on what it was not fitted to."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from moesim.errors import ProfileError
+
+__all__ = ["Family", "HeldOut", "Parameter", "Profile", "Provenance", "load_profile", "profile_for"]
+
+CATALOG = Path(__file__).resolve().parents[1] / "catalog" / "profiles"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Parameter(_Frozen):
+    """One number of a cost model."""
+
+    value: float
+    """SI units; rates are fractions of the datasheet's peak."""
+    stderr: NonNegativeFloat | None = None
+    """Standard error of the fit, in the value's unit."""
+    meaning: str = ""
+    """What it stands for, in words."""
+
+
+class Provenance(_Frozen):
+    """Where a family's parameters come from."""
+
+    kind: Literal["measured", "fitted", "datasheet", "assumed", "carried-over"]
+    """How the numbers were had."""
+    data: str
+    """Data set, publication or datasheet."""
+    n_points: NonNegativeInt = 0
+    """Measurements in the fit."""
+
+
+class HeldOut(_Frozen):
+    """Error on shapes that the fit did not see, as fractions of the measured time."""
+
+    split: str
+    """How shapes were held out."""
+    n: NonNegativeInt
+    """Rows predicted."""
+    median_ape: NonNegativeFloat
+    """Median absolute error."""
+    p90_ape: NonNegativeFloat
+    """90th percentile of the absolute error."""
+    bias: float = 0.0
+    """Median signed error, predicted over measured minus 1."""
+
+
+class Family(_Frozen):
+    """The parameters of one kernel or collective family."""
+
+    op: str
+    """Operator, named as in the measured tables."""
+    implementation: str
+    """Library and kernel."""
+    dtype: str
+    """Weight or payload format, or ``any``."""
+    parameters: dict[str, Parameter]
+    """By name."""
+    provenance: Provenance
+    """Where they come from."""
+    held_out: HeldOut | None = None
+    """Error on unseen shapes; None where nothing was measured."""
+
+    def values(self) -> dict[str, float]:
+        """Parameter values alone, for the constructor of a cost model."""
+        return {name: parameter.value for name, parameter in self.parameters.items()}
+
+
+class Profile(_Frozen):
+    """All families known for one device."""
+
+    device: str
+    """GPU that the numbers were measured on."""
+    families: tuple[Family, ...] = Field(min_length=1)
+    """One entry per (op, implementation, dtype)."""
+    carried_from: str | None = None
+    """Device whose efficiencies stand in for missing measurements."""
+
+    def family(self, op: str, implementation: str, dtype: str = "any") -> Family:
+        """Parameters of one family; a family for dtype ``any`` serves every dtype.
+
+        Raises
+        ------
+        ProfileError
+            If the profile has none.
+        """
+        for wanted in (dtype, "any"):
+            found = self._index.get((op, implementation, wanted))
+            if found is not None:
+                return found
+        known = sorted({f"{f.implementation}/{f.dtype}" for f in self.families if f.op == op})
+        raise ProfileError(
+            f"profile {self.device} has no parameters for {op} by {implementation} in {dtype}",
+            fix=f"use one of {known}" if known else "calibrate it: moesim calibrate run",
+        )
+
+    @property
+    def _index(self) -> dict[tuple[str, str, str], Family]:
+        return _index_of(self)
+
+
+_INDEXES: dict[int, tuple[Profile, dict[tuple[str, str, str], Family]]] = {}
+
+
+def _index_of(profile: Profile) -> dict[tuple[str, str, str], Family]:
+    known = _INDEXES.get(id(profile))
+    if known is None or known[0] is not profile:
+        known = (profile, {(f.op, f.implementation, f.dtype): f for f in profile.families})
+        _INDEXES[id(profile)] = known
+    return known[1]
+
+
+@cache
+def load_profile(device: str, folder: Path = CATALOG) -> Profile:
+    """Read every ``<device>.*.yaml`` of `folder` as one profile.
+
+    Raises
+    ------
+    ProfileError
+        If there is none, or one of them is not a profile of `device`.
+    """
+    paths = sorted(folder.glob(f"{device}.*yaml"))
+    if not paths:
+        known = sorted({path.name.split(".")[0] for path in folder.glob("*.yaml")})
+        raise ProfileError("no profile for this device", value=device, fix=f"use one of {known}")
+    families: list[Family] = []
+    for path in paths:
+        part = _read(path)
+        if part.device != device:
+            raise ProfileError(f"is a profile of {part.device}, not of {device}", place=path.name)
+        families += part.families
+    return Profile(device=device, families=tuple(families))
+
+
+def _read(path: Path) -> Profile:
+    try:
+        content: Any = YAML(typ="safe").load(path)
+        return Profile.model_validate(content)
+    except YAMLError as error:
+        raise ProfileError(f"is not YAML: {error}", place=path.name) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ProfileError(f"{where}: {first['msg']}", place=path.name) from error
+
+
+RELATIVES = {"h800-sxm": "h100-sxm"}
+"""Nearest measured device of those never measured; the H200 stands in for all others."""
+
+
+@cache
+def profile_for(gpu: str, folder: Path = CATALOG) -> Profile:
+    """Profile of a GPU: its own, or its nearest measured relative's efficiencies, marked as carried over.
+
+    Raises
+    ------
+    ProfileError
+        If the relative's profile is damaged.
+    """
+    if any(folder.glob(f"{gpu}.*yaml")):
+        return load_profile(gpu, folder)
+    relative = load_profile(RELATIVES.get(gpu, "h200-sxm"), folder)
+    return relative.model_copy(update={"device": gpu, "carried_from": relative.device})

@@ -1,0 +1,294 @@
+"""Seconds of NCCL's collectives and of the serving engines' own all-reduce.
+
+A collective on one node is the cheapest of a few protocols, each a straight line in the bytes that a rank
+puts on its link::
+
+    line = latency_s + step_s * (n - 1) + wire_bytes / (rate_fraction * (1 - rate_loss / n) * link)
+    time = smooth minimum of the lines, never below wire_bytes / link
+
+Bytes follow nccl-tests; equations, parameters and errors: docs/fits/collectives.md.
+"""
+
+from __future__ import annotations
+
+from math import ceil, log2
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moesim.errors import TrafficError
+from moesim.hardware.cluster import Cluster
+from moesim.network.params import CUSTOM_ALL_REDUCE, NetworkParams, Values
+from moesim.network.traffic import checked_bytes, checked_group, smooth_min
+from moesim.work.ops import FloatArray
+
+__all__ = [
+    "all_gather_s", "all_reduce_s", "all_to_all_s", "custom_all_reduce_s", "nccl_one_node_s", "reduce_scatter_s",
+    "send_recv_s", "wire_bytes",
+]  # fmt: skip
+
+NCCL_LINES = ("ll", "ll128", "simple")
+_SWITCHED = "nvls"
+_SHARPNESS = 8.0
+"""Exponent of the smooth minimum over protocols."""
+
+
+def wire_bytes(op: str, payload_bytes: ArrayLike, n_ranks: int) -> FloatArray:
+    """Bytes that each rank sends, and receives, in a ring (or directly) [bytes].
+
+    Parameters
+    ----------
+    op
+        ``all_reduce``, ``all_gather``, ``reduce_scatter`` or ``all_to_all``.
+    payload_bytes
+        As nccl-tests counts: all_reduce: the buffer; all_gather: the whole output; reduce_scatter: the whole
+        input; all_to_all: one rank's whole send buffer, its own share included [bytes].
+    n_ranks
+        Ranks in the group.
+    """
+    rounds = 2.0 if op == "all_reduce" else 1.0
+    return np.asarray(rounds * (n_ranks - 1) / n_ranks * np.asarray(payload_bytes, dtype=np.float64))
+
+
+def nccl_one_node_s(
+    op: str, payload_bytes: ArrayLike, *, n_ranks: int, link_bytes_per_s: float, values: Values
+) -> FloatArray:
+    """One NCCL collective inside a node; `values` of a family ``(op, nccl)``, bytes as in `wire_bytes`."""
+    payload = np.asarray(payload_bytes, dtype=np.float64)
+    if n_ranks == 1:
+        return np.zeros_like(payload)
+    wire = wire_bytes(op, payload, n_ranks)
+    lines = [_line_s(name, wire, n_ranks, link_bytes_per_s, values) for name in NCCL_LINES]
+    floor_s = wire / link_bytes_per_s
+    if n_ranks >= values.get("nvls_min_ranks", np.inf):
+        # The switch adds: each rank moves the buffer once, and its share (1/n) once more.
+        switched = payload * (1 + 1 / n_ranks)
+        lines.append(_line_s(_SWITCHED, switched, n_ranks, link_bytes_per_s, values))
+        floor_s = np.minimum(floor_s, switched / link_bytes_per_s)
+    time_s = np.maximum(smooth_min(lines, _SHARPNESS), floor_s)
+    return np.where(payload > 0, time_s, 0.0)
+
+
+def _line_s(name: str, wire: FloatArray, n_ranks: int, link_bytes_per_s: float, values: Values) -> FloatArray:
+    latency_s = values[f"{name}_latency_s"] + values[f"{name}_step_s"] * (n_ranks - 1)
+    fraction = values[f"{name}_rate_fraction"] * (1 - values[f"{name}_rate_loss"] / n_ranks)
+    return np.asarray(latency_s + wire / (fraction * link_bytes_per_s))
+
+
+def custom_all_reduce_s(
+    payload_bytes: ArrayLike, *, n_ranks: int, link_bytes_per_s: float, values: Values
+) -> FloatArray:
+    """One-shot or two-shot all-reduce of a serving engine, launched in a CUDA graph.
+
+    One-shot: every rank reads every other's buffer, (n - 1) x payload over its link. Two-shot: a
+    reduce-scatter and an all-gather by direct reads, 2 (n - 1) / n x payload.
+
+    Parameters
+    ----------
+    payload_bytes
+        The buffer [bytes].
+    n_ranks
+        Ranks of the group, all on one scale-up domain.
+    link_bytes_per_s
+        Datasheet rate per direction [bytes/s].
+    values
+        Values of a family ``(all_reduce, <engine>)``.
+    """
+    payload = np.asarray(payload_bytes, dtype=np.float64)
+    if n_ranks == 1:
+        return np.zeros_like(payload)
+    one_shot = _line_s("one_shot", (n_ranks - 1) * payload, n_ranks, link_bytes_per_s, values)
+    two_wire = wire_bytes("all_reduce", payload, n_ranks)
+    two_shot = _line_s("two_shot", two_wire, n_ranks, link_bytes_per_s, values)
+    time_s = np.maximum(smooth_min([one_shot, two_shot], _SHARPNESS), two_wire / link_bytes_per_s)
+    return np.where(payload > 0, time_s, 0.0)
+
+
+def all_reduce_s(
+    payload_bytes: ArrayLike,
+    *,
+    n_ranks: int,
+    ranks_per_node_in_group: int,
+    cluster: Cluster,
+    params: NetworkParams,
+    backend: str = "vllm-custom",
+) -> FloatArray:
+    """Sum over a group, as serving engines run it.
+
+    Parameters
+    ----------
+    payload_bytes : broadcastable to (n_points, n_layers, n_ranks)
+        The buffer [bytes].
+    n_ranks
+        Ranks in the group.
+    ranks_per_node_in_group
+        How many of them share a scale-up domain.
+    cluster, params
+        Links, and what is known of their use.
+    backend
+        ``nccl``, or an engine's own kernel (one of `CUSTOM_ALL_REDUCE`) where the group is inside one NVLink
+        domain and the buffer is within the kernel's limit, NCCL elsewhere and where it is quicker.
+
+    Returns
+    -------
+    FloatArray
+        Seconds, shape of `payload_bytes`; 0 for one rank or no bytes.
+
+    Raises
+    ------
+    TrafficError
+        If bytes are negative or not finite, or the group does not fit the cluster.
+    """
+    if backend != "nccl" and backend not in CUSTOM_ALL_REDUCE:
+        raise TrafficError("is no all-reduce", value=backend, fix=f"use nccl or one of {CUSTOM_ALL_REDUCE}")
+    arguments = (n_ranks, ranks_per_node_in_group, cluster, params)
+    library_s = _collective_s("all_reduce", payload_bytes, *arguments)
+    in_domain = ranks_per_node_in_group >= n_ranks and cluster.gpu.nvlink_bytes_per_s > 0
+    if backend == "nccl" or not in_domain:
+        return library_s
+    values = params.custom[backend]
+    payload = np.asarray(payload_bytes, dtype=np.float64)
+    custom_s = custom_all_reduce_s(
+        payload, n_ranks=n_ranks, link_bytes_per_s=cluster.gpu.nvlink_bytes_per_s, values=values
+    )
+    return np.where(payload <= values["max_bytes"], np.minimum(custom_s, library_s), library_s)
+
+
+def all_gather_s(
+    payload_bytes: ArrayLike,
+    *,
+    n_ranks: int,
+    ranks_per_node_in_group: int,
+    cluster: Cluster,
+    params: NetworkParams,
+) -> FloatArray:
+    """All-gather by NCCL; `payload_bytes` is the whole output. Arguments and errors as `all_reduce_s`."""
+    return _collective_s("all_gather", payload_bytes, n_ranks, ranks_per_node_in_group, cluster, params)
+
+
+def reduce_scatter_s(
+    payload_bytes: ArrayLike,
+    *,
+    n_ranks: int,
+    ranks_per_node_in_group: int,
+    cluster: Cluster,
+    params: NetworkParams,
+) -> FloatArray:
+    """Reduce-scatter by NCCL; `payload_bytes` is the whole input. Arguments and errors as `all_reduce_s`."""
+    return _collective_s("reduce_scatter", payload_bytes, n_ranks, ranks_per_node_in_group, cluster, params)
+
+
+def all_to_all_s(
+    payload_bytes: ArrayLike,
+    *,
+    n_ranks: int,
+    ranks_per_node_in_group: int,
+    cluster: Cluster,
+    params: NetworkParams,
+) -> FloatArray:
+    """All-to-all by NCCL's sends and receives; `payload_bytes` is one rank's whole send buffer, own share included.
+
+    Arguments and errors as `all_reduce_s`. Unequal pairs: give the busiest port's bytes times n / (n - 1).
+    """
+    return _collective_s("all_to_all", payload_bytes, n_ranks, ranks_per_node_in_group, cluster, params)
+
+
+def _collective_s(
+    op: str, payload_bytes: ArrayLike, n_ranks: int, per_node: int, cluster: Cluster, params: NetworkParams
+) -> FloatArray:
+    payload = checked_bytes(payload_bytes, "payload")
+    checked_group(n_ranks, per_node, cluster)
+    per_node = min(per_node, n_ranks)
+    n_nodes = ceil(n_ranks / per_node)
+    local_s = _local_s(op, _local_payload(op, payload, per_node, n_ranks), per_node, cluster, params)
+    if n_nodes == 1:
+        return local_s
+    if cluster.nic_bytes_per_s == 0:
+        return _through_host_s(op, payload, n_ranks, cluster, params)
+    values = params.nccl["inter_node"]
+    rate = values["nic_rate_fraction"] * cluster.nic_bytes_per_s / cluster.uplink_oversubscription
+    remote_s = _remote_wire(op, payload, n_nodes, per_node, n_ranks) / rate
+    # Trees for reductions and gathers, so the hops grow as the logarithm; an all-to-all posts to every peer.
+    rounds = 2 if op == "all_reduce" else 1
+    hops = rounds * ceil(log2(n_nodes))
+    latency_s = values["start_s"] + hops * (cluster.nic_latency_s + values["hop_s"])
+    if op == "all_to_all":
+        latency_s += values["peer_s"] * (n_ranks - per_node)
+    # The two levels run as one pipeline: the slower sets the pace, and both latencies are paid.
+    time_s = np.maximum(local_s, remote_s) + latency_s
+    return np.where(payload > 0, time_s, 0.0)
+
+
+def _local_payload(op: str, payload: FloatArray, per_node: int, n_ranks: int) -> FloatArray:
+    """What the node's own level carries: everything, or only the peers at hand."""
+    return payload * (per_node / n_ranks) if op == "all_to_all" else payload
+
+
+def _remote_wire(op: str, payload: FloatArray, n_nodes: int, per_node: int, n_ranks: int) -> FloatArray:
+    """Bytes that each rank's own NIC sends."""
+    if op == "all_to_all":
+        return payload * (n_ranks - per_node) / n_ranks
+    return wire_bytes(op, payload, n_nodes) / per_node
+
+
+def _local_s(
+    op: str, payload: FloatArray, n_ranks: int, cluster: Cluster, params: NetworkParams
+) -> FloatArray:
+    if n_ranks == 1:
+        return np.zeros_like(payload)
+    link = cluster.gpu.nvlink_bytes_per_s
+    if link == 0:
+        return _through_host_s(op, payload, n_ranks, cluster, params)
+    return nccl_one_node_s(op, payload, n_ranks=n_ranks, link_bytes_per_s=link, values=params.nccl[op])
+
+
+def _through_host_s(
+    op: str, payload: FloatArray, n_ranks: int, cluster: Cluster, params: NetworkParams
+) -> FloatArray:
+    """Ring over PCIe, where there is no NVLink (or no NIC): each rank's own port carries its wire bytes."""
+    values = params.nccl["pcie"]
+    rounds = 2 if op == "all_reduce" else 1
+    latency_s = values["start_s"] + rounds * (n_ranks - 1) * values["step_s"]
+    rate = values["rate_fraction"] * cluster.gpu.pcie_bytes_per_s
+    return np.where(payload > 0, latency_s + wire_bytes(op, payload, n_ranks) / rate, 0.0)
+
+
+def send_recv_s(
+    payload_bytes: ArrayLike, *, same_domain: bool, cluster: Cluster, params: NetworkParams
+) -> FloatArray:
+    """One NCCL send to one rank: a pipeline stage to the next.
+
+    Parameters
+    ----------
+    payload_bytes : broadcastable to (n_points, n_layers, n_ranks)
+        Sent by each rank [bytes].
+    same_domain
+        Both ranks in one scale-up domain.
+    cluster, params
+        Links, and what is known of their use.
+
+    Returns
+    -------
+    FloatArray
+        Seconds, shape of `payload_bytes`.
+
+    Raises
+    ------
+    TrafficError
+        If bytes are negative or not finite.
+    """
+    payload = checked_bytes(payload_bytes, "payload")
+    values = params.nccl["send_recv"]
+    gpu = cluster.gpu
+    if same_domain and gpu.nvlink_bytes_per_s > 0:
+        time_s = values["nvlink_start_s"] + payload / (
+            values["nvlink_rate_fraction"] * gpu.nvlink_bytes_per_s
+        )
+    elif same_domain or cluster.nic_bytes_per_s == 0:
+        pcie = params.nccl["pcie"]
+        time_s = pcie["start_s"] + payload / (pcie["rate_fraction"] * gpu.pcie_bytes_per_s)
+    else:
+        inter = params.nccl["inter_node"]
+        rate = inter["nic_rate_fraction"] * cluster.nic_bytes_per_s / cluster.uplink_oversubscription
+        time_s = inter["start_s"] + cluster.nic_latency_s + inter["hop_s"] + payload / rate
+    return np.where(payload > 0, time_s, 0.0)

@@ -1,0 +1,301 @@
+"""Seconds of a token exchange: DeepEP's two kernel families, one-sided in a large NVLink domain, NCCL.
+
+Every rank's time comes from its own copies, so the rank that most tokens reach is the slow one. Links and SMs
+work at the same time (smooth maximum); what precedes and follows them is added. Equations, conventions and
+errors: docs/fits/collectives.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+import numpy as np
+
+from moesim.errors import TrafficError
+from moesim.hardware.cluster import Cluster
+from moesim.network.collectives import all_to_all_s
+from moesim.network.params import NetworkParams, Values
+from moesim.network.traffic import checked_bytes, checked_group, hit_fraction, smooth_max
+from moesim.work.ops import Combine, Dispatch, Exchange, FloatArray
+
+__all__ = [
+    "ExchangeTerms", "LinkName", "bounding_link", "combine_s", "dispatch_s", "exchange_terms", "low_latency_terms",
+    "normal_terms",
+]  # fmt: skip
+
+LinkName = Literal["nvlink", "nic", "latency"]
+_LOW_LATENCY_SHARPNESS = 3.0
+_NORMAL_SHARPNESS = 6.0
+"""Exponents of the smooth maximum over links and SMs; of 3, 6 and 12, the one that errs least on unseen shapes."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExchangeTerms:
+    """What one exchange's time is made of; all [P, L, R] seconds."""
+
+    latency_s: FloatArray
+    """Start, and what waits on nobody's bytes."""
+    nvlink_s: FloatArray
+    """Bytes over the scale-up link (PCIe where there is none)."""
+    nic_s: FloatArray
+    """Bytes over the NIC."""
+    sm_s: FloatArray
+    """Work of the kernel's own SMs, in parallel with the links."""
+    after_s: FloatArray
+    """Work of the kernel once its bytes are there."""
+    sharpness: float = _LOW_LATENCY_SHARPNESS
+    """Exponent of the smooth maximum over what runs in parallel."""
+
+    def total_s(self) -> FloatArray:
+        """Seconds of the exchange."""
+        moving_s = smooth_max([self.nvlink_s, self.nic_s, self.sm_s], self.sharpness)
+        return np.asarray(self.latency_s + moving_s + self.after_s)
+
+
+def dispatch_s(
+    op: Dispatch,
+    *,
+    cluster: Cluster,
+    params: NetworkParams,
+    n_ranks: int | None = None,
+    ranks_per_node_in_group: int | None = None,
+) -> FloatArray:
+    """Time of a dispatch, rank by rank.
+
+    Parameters
+    ----------
+    op
+        Copies that each rank sends and receives, its own not counted. Low latency: one per (token, expert).
+        Normal: over NVLink one per (token, rank), what a rank forwards included; over NICs one per
+        (token, domain). NCCL: one per (token, rank).
+    cluster, params
+        Links, and what is known of their use.
+    n_ranks
+        Ranks of the exchange; by default the last axis of the operator's arrays.
+    ranks_per_node_in_group
+        How many of them share a scale-up domain; by default as many as fit, ranks being neighbours.
+
+    Returns
+    -------
+    FloatArray
+        [P, L, R] seconds; 0 where the group is one rank.
+
+    Raises
+    ------
+    TrafficError
+        If copies are negative or not finite, the group does not fit the cluster, or copies are sent over a
+        NIC that the cluster lacks.
+
+    Notes
+    -----
+    Leaves out that a rank waits for the senders of what it receives: the caller takes the maximum over the
+    group where the program waits for everybody.
+    """
+    return exchange_terms(
+        op, cluster=cluster, params=params, n_ranks=n_ranks, ranks_per_node_in_group=ranks_per_node_in_group
+    ).total_s()
+
+
+def combine_s(
+    op: Combine,
+    *,
+    cluster: Cluster,
+    params: NetworkParams,
+    n_ranks: int | None = None,
+    ranks_per_node_in_group: int | None = None,
+) -> FloatArray:
+    """Time of a combine, rank by rank; arguments, errors and notes as `dispatch_s`."""
+    return exchange_terms(
+        op, cluster=cluster, params=params, n_ranks=n_ranks, ranks_per_node_in_group=ranks_per_node_in_group
+    ).total_s()
+
+
+def bounding_link(
+    op: Exchange,
+    *,
+    cluster: Cluster,
+    params: NetworkParams,
+    n_ranks: int | None = None,
+    ranks_per_node_in_group: int | None = None,
+) -> LinkName:
+    """Class of link that bounds the slowest rank of an exchange; arguments and errors as `dispatch_s`.
+
+    ``latency`` where the start of the call or the kernel's own SMs take longer than either link.
+    """
+    terms = exchange_terms(
+        op, cluster=cluster, params=params, n_ranks=n_ranks, ranks_per_node_in_group=ranks_per_node_in_group
+    )
+    total_s = terms.total_s()
+    slowest = int(np.argmax(total_s))
+    nvlink_s, nic_s, start_s, sm_s = (
+        float(np.broadcast_to(part, total_s.shape).flat[slowest])
+        for part in (terms.nvlink_s, terms.nic_s, terms.latency_s + terms.after_s, terms.sm_s)
+    )
+    if max(start_s, sm_s) >= max(nvlink_s, nic_s):
+        return "latency"
+    return "nvlink" if nvlink_s >= nic_s else "nic"
+
+
+def exchange_terms(
+    op: Exchange,
+    *,
+    cluster: Cluster,
+    params: NetworkParams,
+    n_ranks: int | None = None,
+    ranks_per_node_in_group: int | None = None,
+) -> ExchangeTerms:
+    """Parts of an exchange's time; arguments and errors as `dispatch_s`."""
+    copies = _checked_copies(op, cluster)
+    ranks = _ranks_of(op, n_ranks)
+    per_domain = min(ranks, ranks_per_node_in_group or cluster.scale_up_ranks)
+    checked_group(ranks, per_domain, cluster)
+    if ranks == 1:
+        zero = np.zeros(np.broadcast_shapes(*(part.shape for part in copies)))
+        return ExchangeTerms(zero, zero, zero, zero, zero)
+    if op.kind == "nccl":
+        return _nccl_terms(op, cluster, params, ranks, per_domain)
+    families = params.combine if isinstance(op, Combine) else params.dispatch
+    if cluster.scale_up_ranks > cluster.gpus_per_node and per_domain == ranks:
+        return low_latency_terms(op, families["one-sided"], cluster, ranks, per_domain, copies_per_rank=True)
+    if op.kind == "normal":
+        return normal_terms(op, families["deepep-normal"], cluster, ranks, per_domain)
+    return low_latency_terms(op, families["deepep-low-latency"], cluster, ranks, per_domain)
+
+
+def _checked_copies(op: Exchange, cluster: Cluster) -> list[FloatArray]:
+    named = {
+        "tokens": op.n_tokens,
+        "copies sent over NVLink": op.sent_nvlink,
+        "copies received over NVLink": op.received_nvlink,
+        "copies sent over the NIC": op.sent_nic,
+        "copies received over the NIC": op.received_nic,
+    }
+    checked = [checked_bytes(value, what) for what, value in named.items()]
+    if cluster.nodes > 1 and cluster.nic_bytes_per_s == 0 and np.any(checked[3]):
+        raise TrafficError(
+            "this cluster has no NIC to carry copies between its nodes", fix="set its NIC rate"
+        )
+    return checked
+
+
+def _ranks_of(op: Exchange, n_ranks: int | None) -> int:
+    if n_ranks is not None:
+        return n_ranks
+    shape = np.broadcast_shapes(
+        *(np.shape(part) for part in (op.n_tokens, op.sent_nvlink, op.received_nvlink))
+    )
+    return int(shape[-1]) if shape else 1
+
+
+def _link_rate(cluster: Cluster, values: Values) -> float:
+    """Rate of the link inside a host [bytes/s]."""
+    if cluster.gpu.nvlink_bytes_per_s > 0:
+        return values["nvlink_rate_fraction"] * cluster.gpu.nvlink_bytes_per_s
+    return values["pcie_rate_fraction"] * cluster.gpu.pcie_bytes_per_s
+
+
+def _nic_rate(cluster: Cluster, values: Values, n_ranks: int, per_domain: int) -> float:
+    """Rate of one rank's NIC; a box without NVLink reaches its own GPUs over PCIe [bytes/s]."""
+    host_rate = values["pcie_rate_fraction"] * cluster.gpu.pcie_bytes_per_s
+    in_one_box = per_domain == 1 and n_ranks <= cluster.gpus_per_node
+    if in_one_box or cluster.nic_bytes_per_s == 0:
+        return host_rate
+    n_domains = ceil(n_ranks / per_domain)
+    shared = 1 + values["nic_contention"] * max(n_domains - 2, 0)
+    rate = values["nic_rate_fraction"] * cluster.nic_bytes_per_s / cluster.uplink_oversubscription / shared
+    return min(rate, host_rate)
+
+
+def low_latency_terms(
+    op: Exchange,
+    values: Values,
+    cluster: Cluster,
+    n_ranks: int,
+    per_domain: int,
+    copies_per_rank: bool = False,
+) -> ExchangeTerms:
+    """Messages written straight to their rank; every SM helps, none is kept.
+
+    SMs in use are E / ceil(E / n_sms), as the kernel maps groups of warps to experts. DeepEP sends one
+    message per (token, expert), the one-sided kernels (`copies_per_rank`) one per (token, rank).
+    """
+    tokens = np.asarray(op.n_tokens, dtype=np.float64)
+    experts = op.n_experts
+    hit = hit_fraction(n_ranks, experts, op.top_k)
+    per_expert = op.top_k / n_ranks
+    # A low-latency operator counts one copy per (token, expert), as DeepEP sends it: fewer where one serves a rank.
+    each = hit / per_expert if copies_per_rank and op.kind == "low-latency" else 1.0
+    nvlink = np.maximum(op.sent_nvlink, op.received_nvlink) * each
+    own = tokens * (hit if copies_per_rank else per_expert)
+    nic = np.maximum(op.sent_nic, op.received_nic)
+    used_sms = ceil(experts / ceil(experts / cluster.gpu.n_sms))
+    messages = nvlink + nic + own
+    per_token = (
+        values["token_s"] + (values["token_byte_s"] + values["copy_byte_s"] * op.top_k) * op.token_bytes
+    )
+    far_ranks = n_ranks - per_domain
+    per_message = values["message_s"] + values["message_byte_s"] * op.token_bytes
+    return ExchangeTerms(
+        latency_s=values["start_s"]
+        + values["expert_s"] * experts
+        + _far_start_s(op, values, cluster, far_ranks),
+        nvlink_s=nvlink * op.token_bytes / _link_rate(cluster, values),
+        nic_s=nic * op.token_bytes / _nic_rate(cluster, values, n_ranks, per_domain),
+        sm_s=np.ceil(tokens / used_sms) * per_token,
+        after_s=messages / experts * per_message,
+    )
+
+
+def normal_terms(
+    op: Exchange, values: Values, cluster: Cluster, n_ranks: int, per_domain: int
+) -> ExchangeTerms:
+    """One copy per (token, rank) over NVLink and per (token, domain) over NICs; `n_sms` SMs move them.
+
+    The SMs look at every token, write every copy, and (on the way back) read a token's copies one by one.
+    """
+    tokens = np.asarray(op.n_tokens, dtype=np.float64)
+    n_sms = op.n_sms or int(values["n_sms"])
+    hit = hit_fraction(n_ranks, op.n_experts, op.top_k)
+    nvlink = np.maximum(op.sent_nvlink, op.received_nvlink)
+    nic = np.maximum(op.sent_nic, op.received_nic)
+    per_token = values["token_s"] + values["token_byte_s"] * op.token_bytes
+    per_copy = values["copy_s"] + values["copy_byte_s"] * op.token_bytes
+    n_domains = ceil(n_ranks / per_domain)
+    far = values["far_sm_scale"] if n_domains > 1 else 1.0
+    first_token_s = (values["start_byte_s"] + values["start_copy_byte_s"] * n_ranks * hit) * op.token_bytes
+    return ExchangeTerms(
+        latency_s=values["start_s"] + first_token_s + _far_start_s(op, values, cluster, n_domains - 1),
+        nvlink_s=nvlink * op.token_bytes / _link_rate(cluster, values),
+        nic_s=nic * op.token_bytes / _nic_rate(cluster, values, n_ranks, per_domain),
+        sm_s=far * (tokens * per_token + (nvlink + tokens * hit) * per_copy) / n_sms,
+        after_s=values["ramp_s"] * tokens / (tokens + values["ramp_tokens"]),
+        sharpness=_NORMAL_SHARPNESS,
+    )
+
+
+def _far_start_s(op: Exchange, values: Values, cluster: Cluster, n_peers: int) -> FloatArray:
+    """More start-up where NICs take part: a hop, and a handshake with every peer behind a NIC."""
+    if not np.any(op.sent_nic) and not np.any(op.received_nic):
+        return np.zeros(())
+    return np.asarray(cluster.nic_latency_s + values["far_start_s"] + values["far_peer_s"] * n_peers)
+
+
+def _nccl_terms(
+    op: Exchange, cluster: Cluster, params: NetworkParams, n_ranks: int, per_domain: int
+) -> ExchangeTerms:
+    """Sends and receives between all pairs, paced by each rank's busiest port."""
+    sent = np.asarray(op.sent_nvlink, dtype=np.float64) + op.sent_nic
+    received = np.asarray(op.received_nvlink, dtype=np.float64) + op.received_nic
+    payload = np.maximum(sent, received) * op.token_bytes * n_ranks / (n_ranks - 1)
+    time_s = all_to_all_s(
+        payload, n_ranks=n_ranks, ranks_per_node_in_group=per_domain, cluster=cluster, params=params
+    )
+    near = np.maximum(op.sent_nvlink, op.received_nvlink) * op.token_bytes
+    far = np.maximum(op.sent_nic, op.received_nic) * op.token_bytes
+    nvlink_s = near / (cluster.gpu.nvlink_bytes_per_s or cluster.gpu.pcie_bytes_per_s)
+    nic_s = far / cluster.nic_bytes_per_s if cluster.nic_bytes_per_s > 0 else np.zeros_like(far)
+    rest_s = np.maximum(time_s - smooth_max([nvlink_s, nic_s], _LOW_LATENCY_SHARPNESS), 0.0)
+    zero = np.zeros_like(time_s)
+    return ExchangeTerms(rest_s, nvlink_s, nic_s, zero, zero)

@@ -1,0 +1,206 @@
+"""The answer in words: what to take, what it costs, what limits it, how sure that is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from moesim.report import palette
+from moesim.report.text import (
+    Record,
+    band_of,
+    band_text,
+    cluster_name,
+    count,
+    layout_name,
+    number,
+    objective_words,
+    parts_of,
+    plural,
+    seconds,
+    share,
+    size_name,
+    targets_text,
+    total_and_capacity,
+    usd,
+)
+
+__all__ = ["KINDS", "answer", "certainty", "close_rivals", "limits", "ruled_out_groups", "tiles"]
+
+KINDS = {
+    "memory": (
+        "does not fit in memory",
+        "more or larger GPUs, a smaller batch or context, or smaller weights",
+    ),
+    "divisibility": ("does not divide", "other sizes of tp, ep or pp"),
+    "target": ("misses a target", "a looser target, more GPUs, or faster ones"),
+    "dominated": ("beaten in every respect by another layout", ""),
+}
+"""Why a point is out, and what would bring it back; the order of the page."""
+
+MAXIMISED = ("tokens_per_s", "tokens_per_s_per_gpu")
+
+COMMUNICATION = ("dispatch", "combine", "all_reduce", "all_gather", "reduce_scatter", "pipeline", "gradients")
+
+
+def answer(plan: Record) -> str:
+    """The sentence that a plan is run for."""
+    rows: Sequence[Record] = plan.get("layouts") or []
+    wanted = targets_text(plan.get("targets"))
+    if not rows:
+        tried = _tried(plan)
+        under = f" and meets {wanted}" if wanted else ""
+        groups = ruled_out_groups(plan)
+        if not groups:
+            return f"None of {tried} is feasible{under}."
+        kind, n, examples = max(groups, key=lambda group: group[1])
+        why = KINDS[kind][0] if kind in KINDS else kind
+        example = f" ({examples[0][1]})" if examples else ""
+        most = "all" if len(groups) == 1 else f"most of them ({n:,})"
+        return f"None of {tried} fits{under}. What rules out {most}: {why}{example}."
+    best = rows[0]
+    met = f" that meet {wanted}" if wanted else ""
+    on = f"{layout_name(best)} on {cluster_name(best)}"
+    size = f", {size_name(best)}," if size_name(best) else ""
+    words = objective_words(plan.get("objective"))
+    superlative = "highest" if plan.get("objective") in MAXIMISED else "lowest"
+    if len(rows) == 1:
+        return f"{on}{size} is the only layout{met}."
+    return f"{on}{size} has the {superlative} {words} of the {len(rows):,} layouts listed{met}."
+
+
+def _tried(plan: Record) -> str:
+    points, layouts = number(plan, "n_points"), number(plan, "n_evaluated")
+    if layouts is not None:
+        return plural(int(layouts), "candidate")
+    return plural(int(points), "point") if points is not None else "the candidates"
+
+
+def tiles(row: Record) -> list[tuple[str, str, str]]:
+    """Figures to see first, as (label, value, remark); those that the row lacks are left out."""
+    found: list[tuple[str, str, str]] = []
+    per_hour = number(row.get("cluster"), "usd_per_gpu_hour")
+    if (cost := number(row, "usd_per_mtok")) is not None:
+        found.append(("per million tokens", usd(cost), f"at {usd(per_hour)} a GPU-hour" if per_hour else ""))
+    for key, name in (("tpot_s", "per output token"), ("ttft_s", "to first token"), ("step_s", "step")):
+        value = number(row, key)
+        if value is None or (key == "step_s" and number(row, "tpot_s") is not None):
+            continue
+        band = band_of(row)
+        remark = band_text(row, key).removeprefix(seconds(value)).strip(" ()")
+        found.append((name, seconds(value), f"band {remark}" if band and band[0] == key else ""))
+    if (rate := number(row, "tokens_per_s_per_gpu")) is not None:
+        whole = number(row, "tokens_per_s")
+        found.append(
+            ("tokens/s per GPU", count(_round(rate)), f"{count(_round(whole))} in all" if whole else "")
+        )
+    memory = row.get("memory_bytes") or {}
+    total, capacity = number(memory, "total"), number(memory, "capacity")
+    if total is not None and capacity:
+        found.append(("of memory used", share(total / capacity), total_and_capacity(row)))
+    if (mfu := number(row, "mfu")) is not None:
+        found.append(("model FLOP/s use", share(mfu), ""))
+    return found
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def limits(row: Record) -> str:
+    """What takes most of a step, how much of it is communication and waiting, and how full memory is."""
+    parts = parts_of(row, "breakdown_s")
+    said = []
+    whole = sum(parts.values())
+    if whole > 0:
+        largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
+        shares = [f"{palette.label(kind)} {share(value / whole)}" for kind, value in largest]
+        said.append(f"Most of a step's time goes to {_joined(shares)}.")
+        moved = sum(v for kind, v in parts.items() if _is_communication(kind))
+        if moved / whole > 0.05:
+            said.append(f"Communication is {share(moved / whole)} of it.")
+        if parts.get("wait", 0.0) / whole > 0.05:
+            said.append(f"Waiting is {share(parts['wait'] / whole)}.")
+    if (imbalance := number(row, "imbalance")) is not None and imbalance > 1.05:
+        said.append(f"The busiest expert rank has {count(_round(imbalance))} times the mean load.")
+    memory = row.get("memory_bytes") or {}
+    total, capacity = number(memory, "total"), number(memory, "capacity")
+    if total is not None and capacity and total > 0.9 * capacity:
+        said.append(
+            f"Memory is {share(total / capacity)} full, so a larger batch or context has little room."
+        )
+    return " ".join(said)
+
+
+def _is_communication(kind: str) -> bool:
+    return palette.is_exposed(kind) or kind in COMMUNICATION
+
+
+def _joined(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def certainty(row: Record) -> str:
+    """How far to trust a row, and why."""
+    said = []
+    if row.get("calibrated") is True:
+        said.append("Kernel times are fitted to measurements on this GPU.")
+    elif row.get("calibrated") is False:
+        said.append(
+            "This GPU was not measured: its datasheet figures are used with efficiencies carried over from "
+            "another GPU, so the band is wider."
+        )
+    band = band_of(row)
+    value = number(row, band[0]) if band else None
+    if band and value:
+        half = max(band[2] - value, value - band[1]) / value
+        said.append(f"The band is {share(half)} to either side, from errors on shapes held out of the fits.")
+    engine = row.get("engine") or {}
+    difference = number(engine, "difference")
+    if difference is not None:
+        said.append(
+            f"The event-by-event engine gives {seconds(number(engine, 'step_s'))} for the same step, "
+            f"{share(abs(difference))} away."
+        )
+    return " ".join(said)
+
+
+def close_rivals(plan: Record) -> str:
+    """Layouts that the best one's band does not tell apart from it."""
+    rows: Sequence[Record] = plan.get("layouts") or []
+    key = str(plan.get("objective") or "")
+    if len(rows) < 2:
+        return ""
+    best, band = number(rows[0], key), band_of(rows[0])
+    centre = number(rows[0], band[0]) if band else None
+    second = number(rows[1], key)
+    if not best or second is None:
+        return ""
+    gap = abs(second / best - 1)
+    said = f"Next comes {layout_name(rows[1])} on {cluster_name(rows[1])}, {share(gap)} behind."
+    if band and centre:
+        half = (band[2] - band[1]) / 2 / centre
+        values = [number(row, key) for row in rows[1:]]
+        near = sum(value is not None and abs(value / best - 1) <= half for value in values)
+        if near:
+            said += f" {plural(near, 'layout')} lie{'s' if near == 1 else ''} within the band of the first: measure before choosing between them."
+    return said
+
+
+def ruled_out_groups(plan: Record) -> list[tuple[str, int, list[tuple[Record, str]]]]:
+    """What was ruled out, as (kind, count, examples with their reasons); known kinds first.
+
+    An item may carry a ``count`` of the points it stands for. Examples have different reasons, as far as
+    there are.
+    """
+    counts: Counter[str] = Counter()
+    examples: dict[str, dict[str, Record]] = {}
+    for item in plan.get("ruled_out") or []:
+        kind = str(item.get("kind") or "other")
+        counts[kind] += int(number(item, "count") or 1)
+        of_kind = examples.setdefault(kind, {})
+        if len(of_kind) < 3:
+            of_kind.setdefault(str(item.get("reason") or ""), item)
+    order = {kind: i for i, kind in enumerate(KINDS)}
+    kinds = sorted(counts, key=lambda kind: (order.get(kind, len(order)), kind))
+    return [(kind, counts[kind], [(item, why) for why, item in examples[kind].items()]) for kind in kinds]

@@ -1,0 +1,180 @@
+"""Tables for the terminal, at most 100 columns wide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from moesim.report.headline import KINDS, ruled_out_groups
+from moesim.report.palette import label
+from moesim.report.text import (
+    ABSENT,
+    Record,
+    band_text,
+    cluster_name,
+    count,
+    layout_name,
+    number,
+    objective_words,
+    parts_of,
+    plural,
+    seconds,
+    share,
+    total_and_capacity,
+    usd,
+)
+from moesim.units import format_bytes
+
+__all__ = ["plan_table", "ruled_out_table", "run_table"]
+
+WIDTH = 100
+
+
+def _table(title: str = "") -> Table:
+    return Table(
+        title=Text(title) if title else None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+    )
+
+
+def plan_table(plan: Record, limit: int = 15) -> Table:
+    """Best layouts of a plan; columns that no row fills are left out.
+
+    Parameters
+    ----------
+    plan
+        The object of ``moesim plan --json``.
+    limit
+        Rows at most.
+    """
+    rows: Sequence[Record] = (plan.get("layouts") or [])[:limit]
+    clusters = {cluster_name(row) for row in rows}
+    scenario = plan.get("scenario") or {}
+    on = f" on {clusters.pop()}" if len(clusters) == 1 else ""
+    title = f"{scenario.get('model') or 'Layouts'}{on}, by {objective_words(plan.get('objective'))}"
+    columns: list[tuple[str, list[str]]] = [
+        ("layout", [layout_name(row) for row in rows]),
+        ("GPUs", [cluster_name(row) if clusters else ABSENT for row in rows]),
+        ("batch", [_size(row) for row in rows]),
+        ("USD/Mtok", [usd(number(row, "usd_per_mtok")).removesuffix(" USD") for row in rows]),
+        ("TPOT", [band_text(row, "tpot_s") for row in rows]),
+        ("TTFT", [seconds(number(row, "ttft_s")) for row in rows]),
+        ("tok/s/GPU", [count(_whole(number(row, "tokens_per_s_per_gpu"))) for row in rows]),
+        ("memory", [_fill(row) for row in rows]),
+    ]
+    if all(number(row, "tpot_s") is None for row in rows):
+        columns.insert(4, ("step", [band_text(row, "step_s") for row in rows]))
+    shown = [(name, cells) for name, cells in columns if any(cell != ABSENT for cell in cells)]
+    table = _table(title)
+    table.add_column("#", justify="right", no_wrap=True)
+    for name, _ in shown:
+        table.add_column(name, justify="left" if name in ("layout", "GPUs") else "right")
+    for i, row in enumerate(rows):
+        rank = number(row, "rank")
+        mark = "" if row.get("calibrated") is not False else "*"
+        cells = [Text(cells[i]) for _, cells in shown]
+        table.add_row(f"{int(rank) if rank is not None else i + 1}{mark}", *cells)
+    if any(row.get("calibrated") is False for row in rows):
+        table.caption = "* efficiencies carried over from another GPU"
+        table.caption_justify = "left"
+    return table
+
+
+def _whole(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
+
+
+def _size(row: Record) -> str:
+    workload = row.get("workload") or {}
+    keys = ("batch_per_rank", "concurrency", "tokens_per_rank", "micro_batch", "global_batch")
+    values = [number(workload, key) for key in keys]
+    return next((count(value) for value in values if value is not None), ABSENT)
+
+
+def _fill(row: Record) -> str:
+    memory = row.get("memory_bytes") or {}
+    total, capacity = number(memory, "total"), number(memory, "capacity")
+    return ABSENT if total is None or not capacity else share(total / capacity)
+
+
+def run_table(result: Record) -> Table:
+    """One simulated scenario: its figures, then its step and its memory part by part.
+
+    Parameters
+    ----------
+    result
+        The object of ``moesim run --json``.
+    """
+    table = _table(f"{layout_name(result)} on {cluster_name(result)}")
+    table.add_column("", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    table.show_header = False
+    if result.get("feasible") is False:
+        table.add_row("not feasible", Text(str(result.get("why_not") or "")), "", style="bold")
+    for name, value in _figures(result):
+        if value != ABSENT:
+            table.add_row(name, value, "")
+    parts = parts_of(result, "breakdown_s")
+    _add_parts(table, "time in one step", {kind: (v, seconds(v)) for kind, v in parts.items()})
+    memory = parts_of(result, "memory_bytes")
+    items = {k: (v, format_bytes(v)) for k, v in memory.items() if k not in ("total", "capacity")}
+    _add_parts(table, "memory of the fullest GPU", items)
+    return table
+
+
+def _figures(row: Record) -> list[tuple[str, str]]:
+    return [
+        ("step", band_text(row, "step_s")),
+        ("time per output token", band_text(row, "tpot_s")),
+        ("time to first token", band_text(row, "ttft_s")),
+        ("tokens/s", count(_whole(number(row, "tokens_per_s")))),
+        ("tokens/s per GPU", count(_whole(number(row, "tokens_per_s_per_gpu")))),
+        ("cost per million tokens", usd(number(row, "usd_per_mtok"))),
+        ("model FLOP/s use", share(number(row, "mfu"))),
+        ("imbalance, busiest over mean", count(_whole(number(row, "imbalance")))),
+        ("memory", total_and_capacity(row)),
+    ]
+
+
+def _add_parts(table: Table, title: str, parts: dict[str, tuple[float, str]]) -> None:
+    """Parts of a whole, the largest first, with their shares."""
+    whole = sum(value for value, _ in parts.values())
+    if whole <= 0:
+        return
+    table.add_section()
+    table.add_row(Text(title, style="bold"), "", "")
+    for kind, (value, text) in sorted(parts.items(), key=lambda part: -part[1][0]):
+        table.add_row(Text(f"  {label(kind)}"), text, share(value / whole))
+
+
+def ruled_out_table(plan: Record) -> Table:
+    """What was ruled out and why: one line a kind, with an example.
+
+    Parameters
+    ----------
+    plan
+        The object of ``moesim plan --json``.
+    """
+    groups = ruled_out_groups(plan)
+    table = _table(f"{plural(sum(n for _, n, _ in groups), 'point')} ruled out")
+    table.add_column("points", justify="right", no_wrap=True)
+    table.add_column("because it", max_width=26)
+    table.add_column("for example", max_width=WIDTH - 40)
+    for kind, n, examples in groups:
+        item, why = examples[0]
+        table.add_row(f"{n:,}", Text(KINDS[kind][0] if kind in KINDS else kind), Text(_example(item, why)))
+    return table
+
+
+def _example(item: Record, why: str) -> str:
+    batch = number(item, "batch_per_rank")
+    size = f", batch {count(batch)}" if batch is not None else ""
+    return f"{layout_name(item)}{size}: {why}"

@@ -1,0 +1,59 @@
+"""Routing: which experts tokens choose, where those experts are, and what that loads.
+
+Traces of real routers or generators fitted to them (`open_trace`, `catalog_routing`, `default_routing`)
+give batches (`draw_batch`); a `Placement` turns them into tokens per slot and traffic (`count_batch`,
+`load_points`).
+"""
+
+from moesim.routing.batches import Phase, RoutingSource, draw_batch, inclusion
+from moesim.routing.catalog import catalog_names, catalog_routing, default_routing
+from moesim.routing.describe import describe
+from moesim.routing.importers import open_trace, read_npz, read_sglang_counts
+from moesim.routing.load import (
+    EXCHANGE_KINDS,
+    BatchCount,
+    Exchange,
+    ExchangeKind,
+    Traffic,
+    count_batch,
+    exchange_counts,
+)
+from moesim.routing.placement import Placement, balanced, contiguous, eplb, read_placement, round_robin
+from moesim.routing.points import BatchLoad, load_points
+from moesim.routing.synthetic import RoutingShape, SyntheticRouting, popularity
+from moesim.routing.trace import RoutingTrace, read_trace, write_trace
+
+__all__ = [
+    "EXCHANGE_KINDS",
+    "BatchCount",
+    "BatchLoad",
+    "Exchange",
+    "ExchangeKind",
+    "Phase",
+    "Placement",
+    "RoutingShape",
+    "RoutingSource",
+    "RoutingTrace",
+    "SyntheticRouting",
+    "Traffic",
+    "balanced",
+    "catalog_names",
+    "catalog_routing",
+    "contiguous",
+    "count_batch",
+    "default_routing",
+    "describe",
+    "draw_batch",
+    "eplb",
+    "exchange_counts",
+    "inclusion",
+    "load_points",
+    "open_trace",
+    "popularity",
+    "read_npz",
+    "read_placement",
+    "read_sglang_counts",
+    "read_trace",
+    "round_robin",
+    "write_trace",
+]

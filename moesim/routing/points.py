@@ -1,0 +1,176 @@
+"""Loads over many batch sizes at once: what the planner asks of routing.
+
+One batch is drawn for the largest size within `max_tokens`; smaller sizes are its first tokens, larger
+ones are extrapolated from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import TraceError
+from moesim.routing.batches import Phase, RoutingSource, draw_batch, inclusion
+from moesim.routing.load import (
+    EXCHANGE_KINDS,
+    CodedBatch,
+    Exchange,
+    ExchangeKind,
+    Traffic,
+    encode_batch,
+    exchange_counts,
+)
+from moesim.routing.marginals import marginal_exchanges
+from moesim.routing.placement import Placement
+from moesim.routing.synthetic import RoutingShape
+
+__all__ = ["BatchLoad", "load_points"]
+
+FloatArray = NDArray[np.float64]
+_LARGEST_MATRIX = 64
+"""Ranks up to which rank-to-rank matrices are quicker than their sums by class."""
+
+
+@dataclass(frozen=True, eq=False)
+class BatchLoad:
+    """Load of one expert-parallel group at several batch sizes ("points").
+
+    Parameters
+    ----------
+    n_tokens : (n_points,)
+        Tokens on each rank.
+    tokens_per_slot : (n_points, n_layers, n_ranks, slots_per_rank)
+        Tokens that each expert slot processes; whole numbers up to the size drawn, expectations above.
+    exchanges
+        Per kind of exchange, copies sent and received per rank, each (n_points, n_layers, n_ranks).
+        ``two_level`` is absent where the group does not fill whole domains.
+    n_drawn
+        Tokens per rank actually drawn; points above it are extrapolated.
+    """
+
+    n_tokens: NDArray[np.int64]
+    tokens_per_slot: FloatArray
+    exchanges: dict[ExchangeKind, Exchange]
+    n_drawn: int
+
+    @property
+    def tokens_per_rank(self) -> FloatArray:
+        """(token, expert) pairs per rank: (n_points, n_layers, n_ranks)."""
+        return np.asarray(self.tokens_per_slot.sum(-1))
+
+    @property
+    def active_experts(self) -> FloatArray:
+        """Slots with work, per rank: (n_points, n_layers, n_ranks)."""
+        return np.asarray(np.minimum(self.tokens_per_slot, 1.0).sum(-1))
+
+
+def load_points(
+    source: RoutingSource,
+    shape: RoutingShape,
+    *,
+    tokens_per_rank: Sequence[int],
+    placement: Placement,
+    phase: Phase,
+    ranks_per_domain: int | None = None,
+    seed: int = 0,
+    max_tokens: int = 8192,
+) -> BatchLoad:
+    """Draw and count the load at several batch sizes.
+
+    Parameters
+    ----------
+    source
+        Trace or generator.
+    shape
+        Model.
+    tokens_per_rank
+        Batch sizes, tokens on each rank, in any order.
+    placement
+        Experts in slots; its ranks are those of the group.
+    phase
+        ``decode`` or ``prefill``.
+    ranks_per_domain
+        Ranks of one NVLink domain; all where None.
+    seed
+        Same seed, same loads.
+    max_tokens
+        Most tokens drawn for the whole group.
+
+    Returns
+    -------
+    BatchLoad
+        In the order of `tokens_per_rank`.
+
+    Raises
+    ------
+    TraceError
+        If the source does not fit the model, or a batch size is below 1.
+    LayoutError
+        If the placement does not fit the model.
+
+    Notes
+    -----
+    Above the size drawn, ``cap`` tokens, a slot's load at ``n`` is its expectation ``n p`` plus the
+    deviation drawn, times ``sqrt(n / cap)``: deviations of a sum of independent tokens grow with the root.
+    Traffic grows in proportion to ``n``.
+    """
+    wanted = np.asarray(list(tokens_per_rank), dtype=np.int64)
+    if wanted.size == 0 or wanted.min() < 1:
+        raise TraceError("batch sizes are at least 1 token per rank", value=wanted.tolist())
+    n_ranks = placement.n_ranks
+    cap = int(min(wanted.max(), max(1, max_tokens // n_ranks)))
+    cuts = np.unique(np.minimum(wanted, cap))
+    rng = np.random.default_rng([seed, n_ranks, cap])
+    ids = draw_batch(source, shape, n_ranks=n_ranks, n_tokens=cap, phase=phase, rng=rng)
+    batch = encode_batch(
+        ids, placement, ranks_per_domain=ranks_per_domain, n_tokens=tuple(int(c) for c in cuts)
+    )
+    at = np.searchsorted(cuts, np.minimum(wanted, cap))
+    slots = np.cumsum(batch.tokens_per_slot(), axis=0)[at].astype(np.float64)
+    expected = placement.expand(inclusion(source, shape)) * n_ranks
+    for point in np.flatnonzero(wanted > cap):
+        slots[point] = _extrapolated(slots[point], expected, cap, int(wanted[point]))
+    growth = np.maximum(wanted / cap, 1.0)[:, None, None]
+    exchanges = {
+        kind: Exchange(x.sent_nvlink[at], x.received_nvlink[at], x.sent_nic[at], x.received_nic[at]).scaled(
+            growth
+        )
+        for kind, x in _exchanges(batch, ranks_per_domain).items()
+    }
+    return BatchLoad(wanted, slots, exchanges, cap)
+
+
+def _exchanges(batch: CodedBatch, ranks_per_domain: int | None) -> dict[ExchangeKind, Exchange]:
+    """Every kind of exchange, (n_cuts, n_layers, n_ranks), by whichever way is quicker."""
+    n = batch.n_ranks
+    if n > _LARGEST_MATRIX:
+        return marginal_exchanges(batch, ranks_per_domain=ranks_per_domain)
+    by_rank = batch.per_source(batch.ranks, 2 * n)
+    first = by_rank[..., :n]
+    by_node = batch.per_source(batch.domains, 2 * batch.n_domains)[..., : batch.n_domains]
+    traffic = Traffic(first, by_node, first + by_rank[..., n:])
+    whole = ranks_per_domain is None or ranks_per_domain >= n or n % ranks_per_domain == 0
+    found: dict[ExchangeKind, Exchange] = {}
+    for kind in EXCHANGE_KINDS:
+        if whole or kind != "two_level":
+            x = exchange_counts(traffic, kind, ranks_per_domain=ranks_per_domain)
+            # Segments are added up here, where they are small, not as matrices.
+            found[kind] = Exchange(
+                *(
+                    np.cumsum(f, axis=0)
+                    for f in (x.sent_nvlink, x.received_nvlink, x.sent_nic, x.received_nic)
+                )
+            )
+    return found
+
+
+def _extrapolated(drawn: FloatArray, expected: FloatArray, cap: int, n: int) -> FloatArray:
+    """Slot loads (n_layers, n_ranks, slots) at `n` tokens per rank from those drawn at `cap`."""
+    deviation = drawn - cap * expected
+    load = np.maximum(n * expected + deviation * np.sqrt(n / cap), 0.0)
+    # Clipping at 0 may add a little; totals per layer are kept.
+    total = drawn.sum((-2, -1), keepdims=True) * (n / cap)
+    return np.asarray(load * total / load.sum((-2, -1), keepdims=True))

@@ -1,0 +1,200 @@
+"""Expert feed-forward: bounds, symmetries and limits that hold whatever the fitted numbers are."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesim.cost.expert_ffn import ExpertFfnParameters, RowTiles, expert_ffn_s, tile_rows_for
+from moesim.errors import ProfileError
+from moesim.hardware.catalog import load_gpu
+from moesim.hardware.gpu import Gpu, weight_bytes_per_element
+from moesim.hardware.profile import load_profile
+from moesim.work.ops import ExpertFfn, FloatArray
+
+FAMILIES = [family for family in load_profile("h200-sxm").families if family.op == "moe_ffn"]
+IDS = [f"{family.implementation}-{family.dtype}" for family in FAMILIES]
+GPU = load_gpu("h200-sxm")
+PLAIN = ExpertFfnParameters(
+    launch_s=2e-5, ramp_s=1e-6, hbm_fraction=0.85, flops_fraction=0.7, tile_overhead_rows=20.0,
+    tile_latency_s=1e-6, wave_quantisation=1.0, stream_quantisation=0.5, overlap_power=2.0, reread_fraction=0.1,
+    local_traffic_fraction=0.7, remote_traffic_fraction=0.9, slot_s=1e-8, host_s=0.0, tile_by_group=0.0,
+    tile_fill=1.0, tile_rows_min=16.0, tile_rows_max=128.0, tile_columns=128.0,
+)  # fmt: skip
+
+
+def op_of(tokens: FloatArray, n_tokens: float | None = None, **changes: object) -> ExpertFfn:
+    """One rank of a DeepSeek-like layer: top-8, `tokens` [..., slots]; all experts local unless told."""
+    tokens = np.asarray(tokens, dtype=float)
+    entered = tokens.sum(axis=-1) / 8 if n_tokens is None else np.full(tokens.shape[:-1], n_tokens)
+    op = ExpertFfn(tokens, entered, hidden=4096, intermediate=1536, top_k=8, dtype="fp8_block")
+    return replace(op, **changes)  # type: ignore[arg-type]
+
+
+def seconds(
+    tokens: FloatArray, params: ExpertFfnParameters = PLAIN, gpu: Gpu = GPU, **changes: object
+) -> FloatArray:
+    """Time of `op_of`."""
+    return expert_ffn_s(op_of(tokens, **changes), gpu=gpu, params=params)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=IDS)
+@pytest.mark.parametrize("rows", [0.25, 1, 7, 128, 5000, 3e6])
+def test_never_beats_the_roofline(family, rows):
+    params = ExpertFfnParameters.from_values(family.values())
+    tokens = np.full((1, 1, 1, 64), rows)
+    elements = 3 * 4096 * 1536
+    read_s = 64 * min(rows, 1.0) * elements * weight_bytes_per_element(family.dtype) / GPU.hbm_bytes_per_s
+    multiply_s = 2 * 64 * rows * elements / GPU.peak_flops_per_s(family.dtype)
+    time_s = seconds(tokens, params, dtype=family.dtype).item()
+    assert max(read_s, multiply_s) <= time_s < 20 * max(read_s, multiply_s) + 2e-3
+
+
+def test_floor_binds_for_a_kernel_faster_than_the_gpu():
+    impossible = replace(PLAIN, launch_s=0.0, ramp_s=0.0, hbm_fraction=50.0, flops_fraction=50.0, slot_s=0.0)
+    tokens = np.ones((1, 1, 1, 256))
+    floor_s = 256 * 3 * 4096 * 1536 * weight_bytes_per_element("fp8_block") / 4.8e12
+    assert seconds(tokens, impossible).item() == pytest.approx(floor_s, rel=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=IDS)
+def test_no_tokens_cost_the_launch_alone(family):
+    params = ExpertFfnParameters.from_values(family.values())
+    time_s = seconds(np.zeros((2, 1, 3, 32)), params, dtype=family.dtype)
+    assert time_s.shape == (2, 1, 3)
+    assert time_s == pytest.approx(max(params.launch_s, params.host_s), rel=0.13)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=IDS)
+def test_grows_with_tokens(family):
+    params = ExpertFfnParameters.from_values(family.values())
+    scale = 2.0 ** np.arange(0, 18)
+    tokens = scale[:, None, None, None] * np.ones((1, 1, 1, 32))
+    time_s = seconds(tokens, params, dtype=family.dtype).ravel()
+    assert np.all(np.isfinite(time_s))
+    assert np.all(np.diff(time_s) > -0.02 * time_s[:-1])
+    assert time_s[-1] / time_s[-2] == pytest.approx(2.0, rel=0.03)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=IDS)
+def test_more_skew_is_never_faster_when_rows_are_many(family):
+    params = ExpertFfnParameters.from_values(family.values())
+    even = np.full(32, 65536.0)
+    skewed = even * np.linspace(0.1, 1.9, 32)
+    one = np.zeros(32)
+    one[0] = even.sum()
+    time_s = seconds(np.stack([even, skewed, one])[:, None, None], params, dtype=family.dtype).ravel()
+    assert time_s[1] >= 0.98 * time_s[0]
+    assert time_s[2] >= 0.97 * time_s[0]
+
+
+@given(seed=st.integers(0, 2**32 - 1), n_slots=st.integers(1, 64), mean=st.floats(0.1, 400))
+@settings(max_examples=40, deadline=None)
+def test_slot_order_does_not_matter(seed, n_slots, mean):
+    rng = np.random.default_rng(seed)
+    tokens = rng.poisson(mean, n_slots).astype(float)
+    same = seconds(rng.permutation(tokens)[None, None, None]).item()
+    assert seconds(tokens[None, None, None]).item() == pytest.approx(same, rel=1e-12)
+
+
+@given(rows=st.floats(0, 1e6), extra=st.floats(0, 1e6))
+@settings(max_examples=40, deadline=None)
+def test_pairs_of_other_ranks_only_add_time(rows, extra):
+    tokens = np.full((1, 1, 1, 8), rows)
+    local = seconds(tokens, n_tokens=rows).item()
+    assert seconds(tokens, n_tokens=rows + extra).item() >= local
+
+
+def test_few_tokens_pay_for_active_experts_only():
+    one, all_of_them = np.zeros((1, 1, 1, 64)), np.ones((1, 1, 1, 64))
+    one[..., 0] = 64
+    spared_bytes = 63 * 3 * 4096 * 1536 * weight_bytes_per_element("fp8_block")
+    gained_s = (seconds(all_of_them, n_tokens=64) - seconds(one, n_tokens=64)).item()
+    assert gained_s > 0.9 * spared_bytes / GPU.hbm_bytes_per_s
+
+
+def test_half_the_memory_rate_doubles_a_decode_step():
+    tokens = np.ones((1, 1, 1, 256))
+    slow = GPU.model_copy(update={"hbm_bytes_per_s": GPU.hbm_bytes_per_s / 2})
+    assert seconds(tokens, gpu=slow).item() / seconds(tokens).item() == pytest.approx(1.95, rel=0.06)
+
+
+def test_twice_the_sms_at_one_peak_leaves_a_large_prefill_alone():
+    tokens = np.full((1, 1, 1, 32), 8192.0)
+    finer = GPU.model_copy(update={"n_sms": 2 * GPU.n_sms})
+    assert seconds(tokens, gpu=finer).item() == pytest.approx(seconds(tokens).item(), rel=0.05)
+
+
+def test_backward_is_two_forwards():
+    tokens = np.full((1, 1, 1, 32), 300.0)
+    assert seconds(tokens, passes="backward") == pytest.approx(2 * seconds(tokens))
+
+
+def test_two_matrices_cost_less_than_three():
+    tokens = np.ones((1, 1, 1, 256))
+    assert seconds(tokens, gated=False).item() == pytest.approx(2 / 3 * seconds(tokens).item(), rel=0.06)
+
+
+def test_sorted_rows_are_not_permuted_for_other_ranks():
+    tokens = np.full((1, 1, 1, 8), 100.0)
+    sorted_s = seconds(tokens, n_tokens=1e5, deepep_layout=True).item()
+    assert sorted_s < 0.2 * seconds(tokens, n_tokens=1e5).item()
+    assert sorted_s == seconds(tokens, n_tokens=1.0, deepep_layout=True).item()
+
+
+def test_host_time_hides_the_device_below_it():
+    tokens = np.ones((1, 1, 1, 4))
+    device_s = seconds(tokens).item()
+    held_up = replace(PLAIN, host_s=20 * device_s)
+    assert seconds(tokens, held_up).item() == pytest.approx(20 * device_s, rel=1e-6)
+    assert seconds(np.full((1, 1, 1, 4), 1e7), held_up).item() == pytest.approx(
+        seconds(np.full((1, 1, 1, 4), 1e7)).item(), rel=1e-3
+    )
+
+
+def test_tiles_pad_each_slot_on_its_own():
+    tiles = RowTiles.of(np.array([0.0, 1.0, 16.0, 17.0, 0.5]), np.asarray(0.0), PLAIN)
+    assert tiles.tile_rows == 16
+    assert tiles.rows == 34.5
+    assert tiles.active == 3.5
+    assert tiles.tiles == 1 + 1 + 2 + 0.5
+
+
+def test_tile_height_follows_the_mean_rows_within_its_range():
+    rows = np.array([1.0, 16.0, 17.0, 100.0, 1e5])
+    assert tile_rows_for(rows, rows, 1, PLAIN).tolist() == [16, 16, 32, 128, 128]
+    by_group = replace(PLAIN, tile_by_group=1.0)
+    assert tile_rows_for(np.array([1.0]), np.array([64.0]), 1, by_group).tolist() == [64]
+
+
+def test_broadcasts_points_layers_and_ranks():
+    tokens = np.random.default_rng(0).poisson(20, (3, 4, 5, 16)).astype(float)
+    n_tokens = tokens.sum(axis=-1)
+    op = replace(op_of(tokens), n_tokens=n_tokens)
+    whole = expert_ffn_s(op, gpu=GPU, params=PLAIN)
+    part = replace(op, tokens_per_expert=tokens[2:, 1:2, 3:4], n_tokens=n_tokens[2:, 1:2, 3:4])
+    assert whole.shape == (3, 4, 5)
+    assert expert_ffn_s(part, gpu=GPU, params=PLAIN).item() == pytest.approx(whole[2, 1, 3])
+
+
+def test_refuses_parameters_of_another_model():
+    values = FAMILIES[0].values()
+    with pytest.raises(ProfileError, match="tile_columns"):
+        ExpertFfnParameters.from_values({k: v for k, v in values.items() if k != "tile_columns"})
+    with pytest.raises(ProfileError, match="beta_s"):
+        ExpertFfnParameters.from_values({**values, "beta_s": 1.0})
+
+
+def test_a_plan_of_many_experts_is_cheap():
+    op = op_of(np.random.default_rng(0).poisson(30, (50, 4, 32, 32)))
+    best_s = np.inf
+    for _ in range(5):
+        start_s = time.perf_counter()
+        expert_ffn_s(op, gpu=GPU, params=PLAIN)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    assert best_s < 0.030  # 200k slots; measured 3 ms, the slack is for a shared machine
