@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ruamel.yaml import YAML
 from scipy.special import erfinv
 
+from moesim.errors import TraceError
 from moesim.routing import (
     Phase,
     RoutingShape,
@@ -188,7 +189,7 @@ def fit_locality(trace: RoutingTrace) -> dict[str, Any]:
     p = np.asarray(inclusion(trace, shape))
     ids = trace.expert_ids
     if ids is None:
-        raise ValueError("locality is fitted on token-level traces")
+        raise TraceError("locality is fitted on token-level traces", value=trace.source)
     target = measure_locality(ids, trace.offsets)
     active = batch_figures(trace, None, 192)["prefill"]["real_active"]
     best = (np.inf, SyntheticRouting("fit"))

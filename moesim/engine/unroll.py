@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,16 +35,28 @@ class TimedStep:
     seconds: tuple[tuple[FloatArray, ...], ...]
     """By block and node: broadcastable to (n_points, n_layers, n_ranks)."""
 
-    def program(self, *, fused: bool = False) -> Program:
+    def program(self, layers: Container[int] | None = None, *, fused: bool = False) -> Program:
         """Unroll the step's layers into tasks.
 
         Parameters
         ----------
+        layers
+            Only these layers, -1 for the embedding and the model's number of layers for the head; None = all.
         fused
             Join kernels that follow one another on one rank into one task. The times stay the same; a
             planner evaluates a tenth of the tasks.
         """
-        return _Unroller(self, fused).run()
+        return _Unroller(self, self._segments[fused]).run(layers)
+
+    @cached_property
+    def _segments(self) -> tuple[list[list[_Segment]], list[list[_Segment]]]:
+        """Every block's nodes: each its own task, and joined."""
+        pairs = list(zip(self.step.blocks, self.seconds, strict=True))
+        groups = {name: _membership(self, name) for name in ("tp", "etp", "ep", "tp_ep")}
+        return (
+            [_block_segments(self.pricer, groups, block, one, join=False) for block, one in pairs],
+            [_block_segments(self.pricer, groups, block, one, join=True) for block, one in pairs],
+        )
 
 
 def time_step(step: Step, pricer: Pricer) -> TimedStep:
@@ -58,68 +72,81 @@ def _three_axes(seconds: FloatArray) -> FloatArray:
     return array.reshape((1,) * (3 - array.ndim) + array.shape)
 
 
+@dataclass(eq=False)
+class _Segment:
+    """Nodes of a block that make one task per repeat."""
+
+    name: str
+    stream: str
+    micro: int
+    after: tuple[int, ...] | None
+    """Segments of the same block; None = the micro-batch's last task."""
+    seconds: FloatArray
+    group: IntArray | None
+    category: str
+    link: str | None
+
+
+def _block_segments(
+    pricer: Pricer, groups: dict[str, IntArray], block: Block, seconds: Sequence[FloatArray], *, join: bool
+) -> list[_Segment]:
+    segments: list[_Segment] = []
+    holder: dict[str, int] = {}
+    for node, one in zip(block.nodes, seconds, strict=True):
+        name = _group_name(node.op)
+        alone = name is None or pricer.group(name).n_ranks == 1
+        last = len(segments) - 1
+        after = None if node.after is None else tuple(sorted({holder[earlier] for earlier in node.after}))
+        if join and alone and segments and _continues(segments[last], node, after, last):
+            segments[last].seconds = segments[last].seconds + one
+            segments[last].category = "fused"
+        else:
+            group = None if alone else groups[name or ""]
+            link = None if alone else "nic" if pricer.group(name or "").crosses_domains else "nvlink"
+            segments.append(
+                _Segment(node.name, node.stream, node.micro, after, one, group, node.category, link)
+            )
+        holder[node.name] = len(segments) - 1
+    return segments
+
+
+def _continues(segment: _Segment, node: Node, after: tuple[int, ...] | None, position: int) -> bool:
+    """Whether a node only extends the segment before it: same rank, stream and chain."""
+    same = segment.group is None and (segment.micro, segment.stream) == (node.micro, node.stream)
+    return same and (after is None or after == (position,))
+
+
 class _Unroller:
     """Builds the task list; keeps where each micro-batch's chain stands."""
 
-    def __init__(self, timed: TimedStep, fused: bool) -> None:
-        self.timed = timed
-        self.fused = fused
+    def __init__(self, timed: TimedStep, segments: list[list[_Segment]]) -> None:
+        self.step = timed.step
+        self.segments = segments
         self.tasks: list[Task] = []
         self.chain: dict[int, int] = {}
-        self.named: dict[str, int] = {}
-        self.open: tuple[int, str] | None = None
-        self.groups: dict[str, IntArray] = {}
 
-    def run(self) -> Program:
-        step = self.timed.step
-        for block_index, repeat in step.order:
-            block = step.blocks[block_index]
-            self.named = {}
-            for node, seconds in zip(block.nodes, self.timed.seconds[block_index], strict=True):
-                self._add(block, node, repeat, _of_repeat(seconds, repeat))
-        return Program(step.n_ranks, tuple(self.tasks), step.n_points)
+    def run(self, layers: Container[int] | None) -> Program:
+        for block_index, repeat in self.step.order:
+            block = self.step.blocks[block_index]
+            if layers is None or block.layers[repeat] in layers:
+                self._add(block, self.segments[block_index], repeat)
+        return Program(self.step.n_ranks, tuple(self.tasks), self.step.n_points)
 
-    def _add(self, block: Block, node: Node, repeat: int, duration_s: FloatArray) -> None:
-        group = self._group(node.op)
-        after = self._after(node)
-        joins = (
-            self.fused
-            and group is None
-            and self.open == (node.micro, node.stream)
-            and after == (len(self.tasks) - 1,)
-        )
-        if joins:
-            last = self.tasks[-1]
-            self.tasks[-1] = Task(
-                last.name, last.stream, last.duration_s + duration_s, last.after, None, "fused"
+    def _add(self, block: Block, segments: list[_Segment], repeat: int) -> None:
+        first = len(self.tasks)
+        prefix = f"{block.name}.{block.layers[repeat]}." if len(block.layers) > 1 else f"{block.name}."
+        for one in segments:
+            after = self._previous(one.micro)
+            if one.after is not None:
+                after = tuple(first + position for position in one.after)
+            duration_s = one.seconds[:, repeat if one.seconds.shape[1] > 1 else 0]
+            self.tasks.append(
+                Task(prefix + one.name, one.stream, duration_s, after, one.group, one.category, one.link)
             )
-        else:
-            layer = block.layers[repeat]
-            name = f"{block.name}.{layer}.{node.name}" if 0 <= layer else f"{block.name}.{node.name}"
-            link = self._link(node.op)
-            self.tasks.append(Task(name, node.stream, duration_s, after, group, node.category, link))
-        self.open = (node.micro, node.stream) if group is None else None
-        self.chain[node.micro] = self.named[node.name] = len(self.tasks) - 1
+            self.chain[one.micro] = len(self.tasks) - 1
 
-    def _after(self, node: Node) -> tuple[int, ...]:
-        if node.after is None:
-            previous = self.chain.get(node.micro)
-            return () if previous is None else (previous,)
-        return tuple(self.named[name] for name in node.after)
-
-    def _group(self, op: Op) -> IntArray | None:
-        name = _group_name(op)
-        if name is None or self.timed.pricer.group(name).n_ranks == 1:
-            return None
-        if name not in self.groups:
-            self.groups[name] = _membership(self.timed, name)
-        return self.groups[name]
-
-    def _link(self, op: Op) -> str | None:
-        name = _group_name(op)
-        if name is None:
-            return None
-        return "nic" if self.timed.pricer.group(name).crosses_domains else "nvlink"
+    def _previous(self, micro: int) -> tuple[int, ...]:
+        return (self.chain[micro],) if micro in self.chain else ()
 
 
 def _group_name(op: Op) -> str | None:
@@ -136,8 +163,3 @@ def _membership(timed: TimedStep, name: str) -> IntArray:
     if name == "ep":
         return ranks // (layout.ep * layout.etp) * layout.etp + ranks % layout.etp
     return np.zeros_like(ranks)
-
-
-def _of_repeat(seconds: FloatArray, repeat: int) -> FloatArray:
-    """(n_points or 1, n_ranks or 1) of one layer."""
-    return seconds[:, repeat if seconds.shape[1] > 1 else 0]

@@ -6,6 +6,7 @@ Equal layers hold equal, hashable specs, so that callers group them and price ea
 from __future__ import annotations
 
 from collections import Counter
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -347,6 +348,17 @@ class ModelSpec(_Frozen):
     def gated(self) -> bool:
         """Whether every feed-forward, dense or expert, is gated."""
         return all(layer.gated if layer.moe is None else layer.moe.gated for layer in self.layers)
+
+    @cached_property
+    def kinds(self) -> tuple[LayerSpec, ...]:
+        """Each kind of layer once, in order of first occurrence."""
+        return tuple(self.layer_groups)
+
+    @cached_property
+    def kind_of_layer(self) -> tuple[int, ...]:
+        """Position in `kinds` of every layer: comparing layers by value costs more than most that is asked of them."""
+        position = {spec: number for number, spec in enumerate(self.kinds)}
+        return tuple(position[layer] for layer in self.layers)
 
     @property
     def layer_groups(self) -> dict[LayerSpec, int]:

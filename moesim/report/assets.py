@@ -10,7 +10,7 @@ STYLE = """
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", sans-serif; }
-main, header, footer { max-width: 1080px; margin: 0 auto; padding: 0 24px; }
+main, header, footer { max-width: 1160px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 32px; }
 .eyebrow { margin: 0; color: var(--soft); font-size: 14px; overflow-wrap: anywhere; }
 h1 { font-size: 26px; line-height: 1.3; font-weight: 600; margin: 6px 0 12px; max-width: 46em; text-wrap: pretty; }
@@ -30,10 +30,12 @@ ul.warnings { margin: 14px 0 0; padding: 10px 14px 10px 32px; background: #fdf6e
   border-radius: 8px; font-size: 14.5px; }
 .wide { overflow-x: auto; margin: 10px -4px 0; padding: 0 4px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; white-space: nowrap; vertical-align: bottom; }
-td.n, th.n { text-align: right; white-space: nowrap; }
+th, td { text-align: left; padding: 6px 9px; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { font-weight: 600; vertical-align: bottom; }
+td.n, th.n { text-align: right; } td.n { white-space: nowrap; }
 td.k { white-space: nowrap; }
+td small { display: block; color: var(--soft); font-size: 13px; }
+td.words { min-width: 13em; }
 td .unit, th .unit { color: var(--soft); font-weight: 400; }
 tbody tr:hover { background: #f4f7f9; }
 tr.first td { background: #eef4f9; }
@@ -58,25 +60,31 @@ footer { color: var(--soft); font-size: 13.5px; padding-bottom: 40px; }
 SCRIPT = """
 (() => {
   const narrow = () => window.innerWidth < 640;
-  const config = { responsive: true, displaylogo: false, displayModeBar: narrow() ? false : 'hover',
-    modeBarButtonsToRemove: ['select2d', 'lasso2d', 'autoScale2d'], toImageButtonOptions: { scale: 2 } };
+  const config = { responsive: true, displaylogo: false, displayModeBar: false };
   const fit = (layout, data) => {
     if (!narrow()) return layout;
     const named = new Set(data.filter(t => t.name && t.showlegend !== false).map(t => t.name)).size;
     layout.font.size = 11;
+    for (const [name, axis] of Object.entries(layout)) {
+      if (!/^[xy]axis/.test(name)) continue;
+      axis.tickfont = { size: 10 };
+      if (axis.title) axis.title.font = { size: 11 };
+    }
     layout.margin = { l: 8, r: 8, t: 8, b: 40 };
     if (named > 1) {
       layout.legend.font = { size: 11 };
       layout.height += 9 * named;
     }
-    if (layout.yaxis && layout.yaxis.scaleanchor) layout.height = Math.min(layout.height, window.innerWidth + 60);
+    if (layout.yaxis && layout.yaxis.scaleanchor) layout.height = Math.min(layout.height, window.innerWidth);
     return layout;
   };
   const draw = root => root.querySelectorAll('.plot:not([data-drawn])').forEach(div => {
     if (div.closest('details:not([open])')) return;
     div.dataset.drawn = '1';
     const spec = JSON.parse(document.getElementById(div.dataset.figure).textContent);
-    Plotly.newPlot(div, spec.data, fit(spec.layout, spec.data), config);
+    const layout = fit(spec.layout, spec.data);
+    div.style.minHeight = layout.height + 'px';
+    Plotly.newPlot(div, spec.data, layout, config);
   });
   draw(document);
   document.querySelectorAll('details').forEach(d => d.addEventListener('toggle', () => draw(d)));

@@ -51,17 +51,17 @@ def base_layout(height: int, x_title: str, y_title: str = "", **more: Any) -> di
         "margin": {"l": 56, "r": 16, "t": 16, "b": 48},
         "hoverlabel": {"bgcolor": "#ffffff", "bordercolor": "#c8ced3", "font": {"color": palette.INK}},
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
-        "xaxis": {**axis, "title": {"text": x_title}},
-        "yaxis": {**axis, "title": {"text": y_title}},
+        "xaxis": {**axis, "title": {"text": x_title, "font": {"size": 13}}},
+        "yaxis": {**axis, "title": {"text": y_title, "font": {"size": 13}}},
     }
     layout["font"] = {**layout["font"], "color": palette.INK}  # type: ignore[dict-item]
     return {**layout, **more}
 
 
-def row_label(row: Record, position: int) -> str:
-    """Two short lines for an axis: rank and layout, then size."""
+def row_label(row: Record) -> str:
+    """Two short lines for an axis: rank, where it has one, and layout; then size."""
     rank = number(row, "rank")
-    name = f"<b>{int(rank) if rank is not None else position + 1}</b>  {escape(layout_name(row))}"
+    name = (f"<b>{int(rank)}</b>  " if rank is not None else "") + escape(layout_name(row))
     size = size_name(row)
     return f"{name}<br><span style='color:#6b7680'>{escape(size)}</span>" if size else name
 
@@ -227,11 +227,11 @@ def _draw_target(layout: dict[str, Any], targets: Record | None, key: str) -> No
     is_log = layout["xaxis"].get("type") == "log"
     note = {
         "x": float(np.log10(bound.value * MS)) if is_log else bound.value * MS,
-        "text": f"target {escape(str(text))}",
+        "text": f"target {escape(str(text).replace('<=', '≤'))}",
         "xref": "x",
         "yref": "paper",
-        "y": 0.02,
-        "yanchor": "bottom",
+        "y": 0.99,
+        "yanchor": "top",
         "xanchor": "left",
         "showarrow": False,
         "font": {"color": "#882255", "size": 12},
@@ -244,7 +244,7 @@ def time_bars(rows: Sequence[Record]) -> Figure | None:
     """Where a step's time goes in each of some rows; None where no row has a breakdown."""
     shown = [row for row in rows if parts_of(row, "breakdown_s")]
     kinds = _kinds([parts_of(row, "breakdown_s") for row in shown])
-    figure = _bars(shown, kinds, "breakdown_s", MS, "time in one step [ms]", format_seconds)
+    figure = _bars(shown, kinds, "breakdown_s", MS, "time [ms]", format_seconds)
     if figure is not None and any(number(row, "step_s") is not None for row in shown):
         figure["data"].append(
             _ticks(shown, [number(row, "step_s") for row in shown], MS, "step, overlap taken off")
@@ -257,7 +257,7 @@ def memory_bars(rows: Sequence[Record]) -> Figure | None:
     shown = [row for row in rows if parts_of(row, "memory_bytes")]
     items = [parts_of(row, "memory_bytes") for row in shown]
     kinds = [kind for kind in _kinds(items) if kind not in ("total", "capacity")]
-    figure = _bars(shown, kinds, "memory_bytes", GB, "memory of the fullest GPU [GB]", format_bytes)
+    figure = _bars(shown, kinds, "memory_bytes", GB, "memory [GB]", format_bytes)
     if figure is not None:
         capacities = [one.get("capacity") for one in items]
         figure["data"].append(_ticks(shown, capacities, GB, "capacity"))
@@ -282,7 +282,7 @@ def _bars(
 ) -> Figure | None:
     if not rows or not kinds:
         return None
-    labels = [row_label(row, i) for i, row in enumerate(rows)]
+    labels = [row_label(row) for row in rows]
     data = [_bar(rows, labels, kind, key, scale, write) for kind in kinds]
     layout = base_layout(130 + 46 * len(rows), title, barmode="stack", bargap=0.35)
     layout["yaxis"] |= {"autorange": "reversed", "showgrid": False}
@@ -323,7 +323,7 @@ def _ticks(rows: Sequence[Record], values: Sequence[float | None], scale: float,
         "type": "scatter",
         "mode": "markers",
         "name": name,
-        "y": [row_label(row, i) for i, row in enumerate(rows)],
+        "y": [row_label(row) for row in rows],
         "x": [None if value is None else _digits(value * scale) for value in values],
         "marker": {"symbol": "line-ns", "size": 26, "line": {"width": 2.5, "color": palette.INK}},
         "hovertemplate": f"{name} %{{x}}<extra></extra>",

@@ -25,7 +25,16 @@ from moesim.report.text import (
     usd,
 )
 
-__all__ = ["KINDS", "answer", "certainty", "close_rivals", "limits", "ruled_out_groups", "tiles"]
+__all__ = [
+    "KINDS",
+    "answer",
+    "certainty",
+    "close_rivals",
+    "limits",
+    "near_misses",
+    "ruled_out_groups",
+    "tiles",
+]
 
 KINDS = {
     "memory": (
@@ -48,32 +57,44 @@ def answer(plan: Record) -> str:
     rows: Sequence[Record] = plan.get("layouts") or []
     wanted = targets_text(plan.get("targets"))
     if not rows:
-        tried = _tried(plan)
-        under = f" and meets {wanted}" if wanted else ""
-        groups = ruled_out_groups(plan)
-        if not groups:
-            return f"None of {tried} is feasible{under}."
-        kind, n, examples = max(groups, key=lambda group: group[1])
-        why = KINDS[kind][0] if kind in KINDS else kind
-        example = f" ({examples[0][1]})" if examples else ""
-        most = "all" if len(groups) == 1 else f"most of them ({n:,})"
-        return f"None of {tried} fits{under}. What rules out {most}: {why}{example}."
+        return _no_answer(plan, wanted)
     best = rows[0]
-    met = f" that meet {wanted}" if wanted else ""
+    met = f" that meet{'s' if len(rows) == 1 else ''} {wanted}" if wanted else ""
     on = f"{layout_name(best)} on {cluster_name(best)}"
     size = f", {size_name(best)}," if size_name(best) else ""
     words = objective_words(plan.get("objective"))
     superlative = "highest" if plan.get("objective") in MAXIMISED else "lowest"
     if len(rows) == 1:
-        return f"{on}{size} is the only layout{met}."
-    return f"{on}{size} has the {superlative} {words} of the {len(rows):,} layouts listed{met}."
+        return f"{on}{size} is the only candidate{met}."
+    return f"{on}{size} has the {superlative} {words} of the {len(rows):,} candidates{met}."
 
 
-def _tried(plan: Record) -> str:
-    points, layouts = number(plan, "n_points"), number(plan, "n_evaluated")
-    if layouts is not None:
-        return plural(int(layouts), "candidate")
-    return plural(int(points), "point") if points is not None else "the candidates"
+def _no_answer(plan: Record, wanted: str) -> str:
+    """Why nothing is left, by the reason that rules out most."""
+    said = f"No candidate fits and meets {wanted}" if wanted else "No candidate is feasible"
+    groups = ruled_out_groups(plan)
+    if not groups:
+        return f"{said}."
+    kind, n, examples = max(groups, key=lambda group: group[1])
+    total = sum(size for _, size, _ in groups)
+    why = KINDS[kind][0] if kind in KINDS else kind
+    example = f" ({examples[0][1]})" if examples[0][1] else ""
+    return f"{said}. Most often, for {n:,} of {plural(total, 'point')}, the layout {why}{example}."
+
+
+def near_misses(plan: Record) -> str:
+    """How near the candidates that miss a target come to each latency target; empty where that is unknown."""
+    said = []
+    for name, bound in (plan.get("targets") or {}).items():
+        key = f"{str(name).removesuffix('_p50').removesuffix('_s')}_s"
+        values = [number(row, key) for row in plan.get("layouts_all") or ()]
+        known = [value for value in values if value is not None]
+        if known and bound:
+            said.append(
+                f"The lowest {objective_words(key)} of all candidates that fit is {seconds(min(known))}; "
+                f"the target is {str(bound).replace('<=', '≤')}."
+            )
+    return " ".join(said)
 
 
 def tiles(row: Record) -> list[tuple[str, str, str]]:
@@ -88,7 +109,8 @@ def tiles(row: Record) -> list[tuple[str, str, str]]:
             continue
         band = band_of(row)
         remark = band_text(row, key).removeprefix(seconds(value)).strip(" ()")
-        found.append((name, seconds(value), f"band {remark}" if band and band[0] == key else ""))
+        unit = seconds(value).split()[-1]
+        found.append((name, seconds(value), f"band {remark} {unit}" if band and band[0] == key else ""))
     if (rate := number(row, "tokens_per_s_per_gpu")) is not None:
         whole = number(row, "tokens_per_s")
         found.append(
@@ -154,7 +176,7 @@ def certainty(row: Record) -> str:
     value = number(row, band[0]) if band else None
     if band and value:
         half = max(band[2] - value, value - band[1]) / value
-        said.append(f"The band is {share(half)} to either side, from errors on shapes held out of the fits.")
+        said.append(f"The band is {share(half)} to either side.")
     engine = row.get("engine") or {}
     difference = number(engine, "difference")
     if difference is not None:
@@ -183,7 +205,11 @@ def close_rivals(plan: Record) -> str:
         values = [number(row, key) for row in rows[1:]]
         near = sum(value is not None and abs(value / best - 1) <= half for value in values)
         if near:
-            said += f" {plural(near, 'layout')} lie{'s' if near == 1 else ''} within the band of the first: measure before choosing between them."
+            lie = "lies" if near == 1 else "lie"
+            said += (
+                f" {plural(near, 'layout')} {lie} within the band of the first: "
+                "measure before choosing between them."
+            )
     return said
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.engine.program import STREAMS
 from moesim.engine.timeline import Span, Timeline
 from moesim.report import palette
 from moesim.report.detail import LayoutDetail
@@ -28,7 +29,6 @@ MAX_COLUMNS = 512
 MAX_ROWS = 128
 MAX_RANKS = 96
 MAX_SPANS = 900
-N_BINS = 140
 N_WINDOW_LAYERS = 4
 
 MS = 1e3
@@ -230,7 +230,7 @@ def _stream_rows(timeline: Timeline, spans: list[Span]) -> dict[tuple[int, str],
     return {
         (rank, stream): f"{escape(labels[rank])} ({why[rank]})<br>{stream}"
         for rank in why
-        for stream in ("compute", "comm", "copy")
+        for stream in STREAMS
         if (rank, stream) in used
     }
 
@@ -266,70 +266,78 @@ def _wait_bars(
         "x": [_digits((span.start_s - span.ready_s) * scale) for span in spans],
         "text": [escape(span.name) for span in spans],
         "textposition": "none",
-        "marker": {
-            "color": palette.PALE,
-            "pattern": {"shape": ".", "size": 5, "solidity": 0.2, "fgcolor": "#7d8790"},
-        },
+        "marker": _wait_marker(),
         "hovertemplate": "<b>%{text}</b> waits %{x}<extra></extra>",
     }
 
 
 def step_overview(timeline: Timeline) -> Figure | None:
-    """Share of each kind of work over the whole step, on the streams of the busiest rank."""
-    end_s = timeline.makespan_s
-    if end_s <= 0:
-        return None
-    rank = next(iter(shown_ranks(timeline)))
-    edges_s = np.linspace(0.0, end_s, N_BINS + 1)
-    filled: dict[tuple[str, str], Array] = {}
+    """Time that each layer holds each stream of the busiest rank, by kind of work; None where nothing runs.
+
+    Layers in program order; tasks of no layer stand under the first part of their name. Waiting for peers
+    is drawn on top of the stream that waits.
+    """
+    rank = next(iter(shown_ranks(timeline)), None)
+    held_s: dict[tuple[str, str], dict[str, float]] = {}
+    places: dict[str, None] = {}
     for span in timeline.spans(rank):
-        bins = filled.setdefault((span.stream, span.category or span.stream), np.zeros(N_BINS))
-        first, last = np.clip(
-            np.searchsorted(edges_s, [span.start_s, span.end_s], "right") - 1, 0, N_BINS - 1
-        )
-        inside = slice(int(first), int(last) + 1)
-        overlap_s = np.minimum(edges_s[1:][inside], span.end_s) - np.maximum(
-            edges_s[:-1][inside], span.start_s
-        )
-        bins[inside] += np.maximum(overlap_s, 0.0)
-    streams = [stream for stream in ("compute", "comm", "copy") if any(key[0] == stream for key in filled)]
+        match = LAYER.match(span.name)
+        place = match[2] if match else span.name.split(".")[0]
+        places[place] = None
+        for kind, part_s in (
+            (span.category or span.stream, span.end_s - span.start_s),
+            ("wait", span.start_s - span.ready_s),
+        ):
+            if part_s > 0:
+                per_place = held_s.setdefault((span.stream, kind), {})
+                per_place[place] = per_place.get(place, 0.0) + part_s
+    streams = [stream for stream in STREAMS if any(key[0] == stream for key in held_s)]
     if not streams:
         return None
-    layout = base_layout(
-        90 + 110 * len(streams), "time since the step's start [ms]", barmode="stack", bargap=0
-    )
+    layout = base_layout(110 + 110 * len(streams), "layer", barmode="stack", bargap=0.15)
     axis = layout.pop("yaxis")
-    layout["xaxis"]["anchor"] = f"y{len(streams)}" if len(streams) > 1 else "y"
+    layout["xaxis"] |= {"type": "category", "nticks": 14, "anchor": _axis(len(streams) - 1)}
     for i, stream in enumerate(streams):
         top = 1 - i / len(streams)
         domain = [top - 1 / len(streams) + (0.08 if i < len(streams) - 1 else 0.0), top]
-        place = {"domain": domain, "range": [0, 1], "tickformat": ".0%", "nticks": 3}
-        layout["yaxis" if i == 0 else f"yaxis{i + 1}"] = {**axis, **place, "title": {"text": stream}}
-    width_s = end_s / N_BINS
-    centres = [_digits(value) for value in ((edges_s[:-1] + edges_s[1:]) / 2 * MS).tolist()]
+        layout[_axis(i).replace("y", "yaxis")] = {
+            **axis,
+            "domain": domain,
+            "nticks": 4,
+            "title": {"text": f"{stream} [us]", "font": {"size": 12}},
+        }
     data: list[dict[str, Any]] = []
     named: set[str] = set()
-    for (stream, kind), bins in filled.items():
-        i = streams.index(stream)
-        data.append(
-            _overview_bars(kind, centres, bins / width_s, "y" if i == 0 else f"y{i + 1}", kind not in named)
-        )
+    for (stream, kind), per_place in sorted(held_s.items(), key=lambda item: item[0][1] == "wait"):
+        data.append(_overview_bars(kind, list(places), per_place, _axis(streams.index(stream))))
+        data[-1]["showlegend"] = kind not in named
         named.add(kind)
     return {"data": data, "layout": layout}
 
 
-def _overview_bars(kind: str, x: list[float], fill: Array, axis: str, first: bool) -> dict[str, Any]:
-    name = escape(palette.label(kind))
+def _axis(position: int) -> str:
+    """Plotly's name of the first, second... vertical axis."""
+    return "y" if position == 0 else f"y{position + 1}"
+
+
+def _overview_bars(kind: str, places: list[str], held_s: dict[str, float], axis: str) -> dict[str, Any]:
+    name = "waiting for peers" if kind == "wait" else escape(palette.label(kind))
     return {
         "type": "bar",
         "name": name,
         "legendgroup": name,
-        "showlegend": first,
-        "x": x,
-        "y": _rounded(fill),
+        "x": [escape(place) for place in places],
+        "y": [_digits(held_s.get(place, 0.0) * 1e6) for place in places],
         "yaxis": axis,
-        "marker": {"color": palette.color(kind), "line": {"width": 0}},
-        "hovertemplate": f"{name} %{{y:.0%}}<extra></extra>",
+        "marker": _wait_marker() if kind == "wait" else {"color": palette.color(kind)},
+        "hovertemplate": f"{name} %{{y:.3g}} us<extra></extra>",
+    }
+
+
+def _wait_marker() -> dict[str, Any]:
+    return {
+        "color": palette.PALE,
+        "pattern": {"shape": ".", "size": 5, "solidity": 0.2, "fgcolor": "#7d8790"},
     }
 
 

@@ -12,7 +12,10 @@ from moesim.report.figures import Figure
 
 __all__ = ["Page", "write_page"]
 
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data: blob:; form-action 'none'; base-uri 'none'"
+)
 """Forbids the browser every request, whatever the script holds."""
 
 
@@ -27,7 +30,7 @@ class Page:
         """Append HTML; what comes from a person is escaped by who calls."""
         self.body.append(html)
 
-    def figure(self, figure: Figure | None, description: str) -> None:
+    def figure(self, figure: Figure | None, description: str, max_width: int | None = None) -> None:
         """Append a figure, or nothing.
 
         Parameters
@@ -36,6 +39,8 @@ class Page:
             Plotly's ``data`` and ``layout``.
         description
             What it shows, for those who do not see it.
+        max_width
+            Of a figure that should not fill the page [pixels].
         """
         if figure is None:
             return
@@ -45,9 +50,10 @@ class Page:
         safe = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
         self.data.append(f'<script type="application/json" id="{name}">{safe}</script>')
         height = int(figure["layout"]["height"])
+        width = f";max-width:{max_width}px" if max_width else ""
         self.add(
             f'<figure><div class="plot" data-figure="{name}" role="img" aria-label="{escape(description)}" '
-            f'style="min-height:{height}px"></div></figure>'
+            f'style="min-height:{height}px{width}"></div></figure>'
         )
 
     def html(self, title: str, plotly: str) -> str:

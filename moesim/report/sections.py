@@ -8,8 +8,17 @@ from html import escape
 
 from moesim.report import figures, maps
 from moesim.report.detail import LayoutDetail
-from moesim.report.headline import KINDS, certainty, close_rivals, limits, ruled_out_groups, tiles
+from moesim.report.headline import (
+    KINDS,
+    certainty,
+    close_rivals,
+    limits,
+    near_misses,
+    ruled_out_groups,
+    tiles,
+)
 from moesim.report.page import Page
+from moesim.report.palette import is_exposed
 from moesim.report.text import (
     ABSENT,
     Record,
@@ -18,12 +27,13 @@ from moesim.report.text import (
     count,
     layout_name,
     number,
+    parts_of,
     plural,
     seconds,
     share,
     size_name,
     total_and_capacity,
-    usd,
+    usd_column,
 )
 from moesim.units import format_bytes
 
@@ -68,14 +78,12 @@ COLUMNS = (
     Column("layout", layout_name, layout_name, False),
     Column("GPUs", cluster_name, cluster_name, False),
     Column("batch a rank", lambda row: count(_batch(row)), _batch),
-    Column(
-        "USD / Mtok", lambda row: usd(number(row, "usd_per_mtok")).removesuffix(" USD"), _of("usd_per_mtok")
-    ),
+    Column("USD / Mtok", lambda row: usd_column(number(row, "usd_per_mtok")), _of("usd_per_mtok")),
     Column("TPOT", lambda row: band_text(row, "tpot_s"), _of("tpot_s")),
     Column("TTFT", lambda row: seconds(number(row, "ttft_s")), _of("ttft_s")),
     Column("step", lambda row: band_text(row, "step_s"), _of("step_s")),
     Column(
-        "tokens/s per GPU",
+        "tokens/s/GPU",
         lambda row: count(_three(number(row, "tokens_per_s_per_gpu"))),
         _of("tokens_per_s_per_gpu"),
     ),
@@ -89,6 +97,9 @@ COLUMNS = (
         False,
     ),
 )
+
+ONCE = {"GPUs": "on ", "dispatch": "with dispatch "}
+"""Columns that are said above the table where all rows have the same."""
 
 
 def _three(value: float | None) -> float | None:
@@ -124,6 +135,8 @@ def add_header(page: Page, eyebrow: str, answer: str, record: Record, best: Reco
         }
         lines = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in said.items() if text)
         page.add(f'<dl class="why">{lines}</dl>' if lines else "")
+    elif near := near_misses(record):
+        page.add(f'<dl class="why"><dt>How close</dt><dd>{escape(near)}</dd></dl>')
     warnings = "".join(f"<li>{escape(str(line))}</li>" for line in record.get("warnings") or ())
     page.add(f'<ul class="warnings">{warnings}</ul>' if warnings else "")
     page.add("</header>")
@@ -134,9 +147,12 @@ def add_ranking(page: Page, rows: Sequence[Record]) -> None:
     if not rows:
         return
     shown = rows[:N_RANKED]
-    columns = [column for column in COLUMNS if any(column.text(row) != ABSENT for row in shown)]
+    columns = [column for column in COLUMNS if _is_worth_showing(column, shown)]
+    same = {column.title: column.text(shown[0]) for column in COLUMNS if column not in columns}
+    said = [words + same[title] for title, words in ONCE.items() if same.get(title, ABSENT) != ABSENT]
+    on = f"All {', '.join(said)}. " if said else ""
     more = f" The first {N_RANKED} of {len(rows):,}." if len(rows) > N_RANKED else ""
-    page.add(f'<section id="ranking"><h2>Ranking</h2>{_notes([f"Click a heading to sort.{more}"])}')
+    page.add(f'<section id="ranking"><h2>Ranking</h2>{_notes([f"{on}Click a heading to sort.{more}"])}')
     head = "".join(
         f'<th{_n(column)} scope="col"><button type="button">{escape(column.title)}</button></th>'
         for column in columns
@@ -146,6 +162,14 @@ def add_ranking(page: Page, rows: Sequence[Record]) -> None:
         f'<div class="wide"><table class="sortable"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div></section>"
     )
+
+
+def _is_worth_showing(column: Column, rows: Sequence[Record]) -> bool:
+    """Leave out what no row has, what all rows share, and the step where TPOT says it."""
+    texts = {column.text(row) for row in rows}
+    if column.title == "step" and any(number(row, "tpot_s") is not None for row in rows):
+        return False
+    return texts != {ABSENT} and not (column.title in ONCE and len(texts) == 1)
 
 
 def _n(column: Column) -> str:
@@ -160,7 +184,8 @@ def _row(row: Record, columns: Sequence[Column], kind: str) -> str:
             column.text(row) if key is None and not column.is_number else "" if key is None else str(key)
         )
         cells.append(f'<td{_n(column)} data-v="{escape(sorted_by)}">{escape(column.text(row))}</td>')
-    return f"<tr{f' class="{kind}"' if kind else ''}>{''.join(cells)}</tr>"
+    start = f'<tr class="{kind}">' if kind else "<tr>"
+    return f"{start}{''.join(cells)}</tr>"
 
 
 def add_pareto(page: Page, plan: Record) -> None:
@@ -187,8 +212,10 @@ def add_time(page: Page, rows: Sequence[Record]) -> None:
     page.add('<section id="time"><h2>Where the time of a step goes</h2>')
     note = (
         "The parts of one step. The upright mark is the step itself: bars beyond it overlap with one "
-        "another, a gap before it is waiting. Hatched parts are communication that no computation hides."
+        "another, a gap before it is waiting."
     )
+    if any(is_exposed(kind) for row in rows[:N_BARS] for kind in parts_of(row, "breakdown_s")):
+        note += " Hatched parts are communication that no computation hides."
     page.add(_notes([note]))
     page.figure(figure, "Time of a step by kind of work, for the best layouts")
     page.add("</section>")
@@ -263,7 +290,7 @@ def _add_traffic(page: Page, detail: LayoutDetail) -> None:
             ]
         )
     )
-    page.figure(figure, "Bytes sent from each rank to each rank")
+    page.figure(figure, "Bytes sent from each rank to each rank", max_width=640)
 
 
 def _add_timeline(page: Page, detail: LayoutDetail) -> None:
@@ -274,18 +301,22 @@ def _add_timeline(page: Page, detail: LayoutDetail) -> None:
         return
     begin_s, end_s = maps.window_s(detail.timeline)
     page.add("<h3>Timeline of one step</h3>")
+    note = (
+        f"From {seconds(begin_s)} to {seconds(end_s)} of a step of {seconds(detail.timeline.makespan_s)}: its "
+        "first MoE layers, on the rank that computes longest and on the median one. "
+        "Drag to zoom, double-click to go back."
+    )
+    page.add(_notes([note]))
+    page.figure(window, "What two ranks run during the first layers")
+    page.add("<h3>Every layer on the busiest rank</h3>")
     page.add(
         _notes(
             [
-                f"From {seconds(begin_s)} to {seconds(end_s)} of a step of {seconds(detail.timeline.makespan_s)}: "
-                "its first MoE layers, on the rank that computes longest and on the median one. Drag to zoom."
+                "Time that each layer holds each stream. Communication that runs beside computation counts here too."
             ]
         )
     )
-    page.figure(window, "What two ranks run during the first layers")
-    page.add("<h3>The whole step on the busiest rank</h3>")
-    page.add(_notes(["Share of each moment that a stream is held, by kind of work; white is idle."]))
-    page.figure(maps.step_overview(detail.timeline), "Use of the streams over the step")
+    page.figure(maps.step_overview(detail.timeline), "Time of each layer on each stream by kind of work")
 
 
 def add_ruled_out(page: Page, plan: Record) -> None:
@@ -300,14 +331,15 @@ def add_ruled_out(page: Page, plan: Record) -> None:
     rows = []
     for kind, n, examples in groups:
         why, fix = KINDS.get(kind, (kind, ""))
+        help_ = f"<small>{escape(fix)} would help</small>" if fix else ""
         lines = "<br>".join(escape(_example(item, reason)) for item, reason in examples)
         rows.append(
-            f'<tr><td class="n">{n:,}</td><td>{escape(why)}</td><td>{lines}</td>'
-            f"<td>{escape(fix) or ABSENT}</td></tr>"
+            f'<tr><td class="n">{n:,}</td><td class="words">{escape(why)}{help_}</td>'
+            f'<td class="words">{lines}</td></tr>'
         )
     page.add(
         '<div class="wide"><table><thead><tr><th class="n">points</th><th>because it</th><th>for example</th>'
-        f"<th>what would help</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
 

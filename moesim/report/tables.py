@@ -25,6 +25,7 @@ from moesim.report.text import (
     share,
     total_and_capacity,
     usd,
+    usd_column,
 )
 from moesim.units import format_bytes
 
@@ -41,6 +42,7 @@ def _table(title: str = "") -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1),
+        min_width=min(len(title), WIDTH),  # a table narrower than its title would break it
     )
 
 
@@ -63,7 +65,7 @@ def plan_table(plan: Record, limit: int = 15) -> Table:
         ("layout", [layout_name(row) for row in rows]),
         ("GPUs", [cluster_name(row) if clusters else ABSENT for row in rows]),
         ("batch", [_size(row) for row in rows]),
-        ("USD/Mtok", [usd(number(row, "usd_per_mtok")).removesuffix(" USD") for row in rows]),
+        ("USD/Mtok", [usd_column(number(row, "usd_per_mtok")) for row in rows]),
         ("TPOT", [band_text(row, "tpot_s") for row in rows]),
         ("TTFT", [seconds(number(row, "ttft_s")) for row in rows]),
         ("tok/s/GPU", [count(_whole(number(row, "tokens_per_s_per_gpu"))) for row in rows]),

@@ -26,6 +26,7 @@ __all__ = [
     "targets_text",
     "total_and_capacity",
     "usd",
+    "usd_column",
 ]
 
 Record = Mapping[str, Any]
@@ -77,6 +78,13 @@ def usd(value_usd: float | None) -> str:
     return ABSENT if value_usd is None else format_usd(value_usd)
 
 
+def usd_column(value_usd: float | None) -> str:
+    """An amount for a column whose head says USD: three digits, zeros kept."""
+    if value_usd is None:
+        return ABSENT
+    return f"{value_usd:#.3g}" if 0.001 <= value_usd < 100 else f"{value_usd:,.3g}"
+
+
 def share(value: float | None) -> str:
     """A fraction as a percentage."""
     if value is None:
@@ -122,16 +130,19 @@ def band_text(row: Record, key: str) -> str:
         return seconds(value_s)
     text = format_seconds(value_s)
     unit_s = parse_seconds(f"1 {text.split()[-1]}")
-    low, high = (_short(end_s / unit_s) for end_s in band[1:])
+    digits = 2 if band[2] - band[1] > 0.1 * value_s else 3
+    low, high = (_short(end_s / unit_s, digits) for end_s in band[1:])
     return f"{text} ({low}..{high})"
 
 
-def _short(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+def _short(value: float, digits: int) -> str:
+    """A bound of a band: no more digits than its width deserves, and no exponent."""
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:g}" if abs(rounded) < 1e5 else f"{rounded:.0f}"
 
 
 def layout_name(row: Record) -> str:
-    """A layout in one line: ``TP1 DP32 EP32 +32 eplb``; sizes of 1 that change nothing are left out."""
+    """A layout in one line: ``TP1 DP32 EP32 +32``; sizes of 1 that change nothing are left out."""
     layout = row.get("layout") or {}
     sizes = {key: number(layout, key) for key in ("tp", "dp", "ep", "etp", "pp")}
     shown = [
@@ -141,7 +152,8 @@ def layout_name(row: Record) -> str:
     ]
     if spare := number(layout, "redundant_experts"):
         shown.append(f"+{int(spare)}")
-    if layout.get("placement") not in (None, "contiguous"):
+    # eplb is what replicas are placed with unless told otherwise
+    if layout.get("placement") not in (None, "contiguous", "eplb" if spare else None):
         shown.append(str(layout["placement"]))
     return " ".join(shown) or ABSENT
 
@@ -168,9 +180,21 @@ def objective_words(objective: object) -> str:
 
 
 def targets_text(targets: Record | None) -> str:
-    """Targets in one line: ``TTFT <= 2 s, TPOT <= 30 ms``."""
+    """Targets in one line, ``TTFT ≤ 2 s, TPOT ≤ 30 ms``, that breaks between them only."""
     known: Iterable[tuple[str, object]] = ((targets or {}).items()) if isinstance(targets, Mapping) else ()
-    return ", ".join(f"{name.replace('_', ' ').upper()} {bound}" for name, bound in known if bound)
+    signs = str.maketrans(" ", "\u00a0")
+    lines = (
+        f"{_metric_name(name)} {bound}".replace("<=", "≤").replace(">=", "≥")
+        for name, bound in known
+        if bound
+    )
+    return ", ".join(line.translate(signs) for line in lines)
+
+
+def _metric_name(name: str) -> str:
+    """A metric of a target: its usual capitals, or its words."""
+    bare = name.removesuffix("_s").removesuffix("_p50")
+    return bare.upper() if bare in ("ttft", "tpot") else bare.replace("_", " ")
 
 
 def total_and_capacity(row: Record) -> str:

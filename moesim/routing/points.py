@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +98,7 @@ def load_points(
     seed
         Same seed, same loads.
     max_tokens
-        Most tokens drawn for the whole group.
+        Tokens drawn for the whole group; larger batches are extrapolated, smaller ones are its first tokens.
 
     Returns
     -------
@@ -120,27 +121,57 @@ def load_points(
     wanted = np.asarray(list(tokens_per_rank), dtype=np.int64)
     if wanted.size == 0 or wanted.min() < 1:
         raise TraceError("batch sizes are at least 1 token per rank", value=wanted.tolist())
-    n_ranks = placement.n_ranks
-    cap = int(min(wanted.max(), max(1, max_tokens // n_ranks)))
-    cuts = np.unique(np.minimum(wanted, cap))
-    rng = np.random.default_rng([seed, n_ranks, cap])
-    ids = draw_batch(source, shape, n_ranks=n_ranks, n_tokens=cap, phase=phase, rng=rng)
-    batch = encode_batch(
-        ids, placement, ranks_per_domain=ranks_per_domain, n_tokens=tuple(int(c) for c in cuts)
-    )
-    at = np.searchsorted(cuts, np.minimum(wanted, cap))
-    slots = np.cumsum(batch.tokens_per_slot(), axis=0)[at].astype(np.float64)
-    expected = placement.expand(inclusion(source, shape)) * n_ranks
+    cap = max(1, max_tokens // placement.n_ranks)
+    smaller = tuple(sorted({int(n) for n in wanted if n < cap and n & (n - 1)}))
+    drawn = _drawn(source, shape, placement, phase, ranks_per_domain, seed, cap, smaller)
+    at = np.searchsorted(drawn.cuts, np.minimum(wanted, cap))
+    slots = drawn.slots[at].astype(np.float64)
     for point in np.flatnonzero(wanted > cap):
-        slots[point] = _extrapolated(slots[point], expected, cap, int(wanted[point]))
+        slots[point] = _extrapolated(slots[point], drawn.expected, cap, int(wanted[point]))
     growth = np.maximum(wanted / cap, 1.0)[:, None, None]
     exchanges = {
         kind: Exchange(x.sent_nvlink[at], x.received_nvlink[at], x.sent_nic[at], x.received_nic[at]).scaled(
             growth
         )
-        for kind, x in _exchanges(batch, ranks_per_domain).items()
+        for kind, x in drawn.exchanges.items()
     }
     return BatchLoad(wanted, slots, exchanges, cap)
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """One draw, counted after each of `cuts` tokens per rank."""
+
+    cuts: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    expected: FloatArray
+    exchanges: dict[ExchangeKind, Exchange]
+
+
+@lru_cache(maxsize=64)
+def _drawn(
+    source: RoutingSource,
+    shape: RoutingShape,
+    placement: Placement,
+    phase: Phase,
+    ranks_per_domain: int | None,
+    seed: int,
+    cap: int,
+    more: tuple[int, ...],
+) -> _Drawn:
+    """Draw `cap` tokens per rank; counts after every power of two of them, after `more`, and after all."""
+    powers = [1 << k for k in range(cap.bit_length()) if 1 << k < cap]
+    cuts = tuple(sorted({*powers, *more, cap}))
+    n_ranks = placement.n_ranks
+    rng = np.random.default_rng([seed, n_ranks, cap])
+    ids = draw_batch(source, shape, n_ranks=n_ranks, n_tokens=cap, phase=phase, rng=rng)
+    batch = encode_batch(ids, placement, ranks_per_domain=ranks_per_domain, n_tokens=cuts)
+    return _Drawn(
+        np.array(cuts),
+        np.cumsum(batch.tokens_per_slot(), axis=0),
+        placement.expand(inclusion(source, shape)) * n_ranks,
+        _exchanges(batch, ranks_per_domain),
+    )
 
 
 def _exchanges(batch: CodedBatch, ranks_per_domain: int | None) -> dict[ExchangeKind, Exchange]:

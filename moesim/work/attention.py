@@ -109,11 +109,7 @@ def _gqa(case: Case, spec: AttentionSpec, batch: Batch) -> Named:
     return [
         ("qkv_proj", gemm(case, n_tokens, q_width + kv_width, case.model.hidden), "attention_gemm"),
         ("rope", Elementwise(rope_bytes, 1 if spec.qk_norm == "none" else 2), "elementwise"),
-        (
-            "attention",
-            _core(case, spec, batch, "gqa", heads, kv_heads, spec.head_dim, spec.v_head_dim),
-            "attention",
-        ),
+        *_cores(case, spec, batch, "gqa", heads, kv_heads, spec.head_dim, spec.v_head_dim),
     ]
 
 
@@ -147,17 +143,42 @@ def _mla(case: Case, spec: AttentionSpec, batch: Batch) -> Named:
 
 
 def _linear(case: Case, spec: AttentionSpec, batch: Batch) -> Named:
-    """Gated delta net: its state is read and written once a token (decode) or once a chunk of 64."""
+    """Gated delta net: its state is read and written once a token (decode) or once a chunk of 64.
+
+    Kernels as SGLang launches them: two input products (queries, keys, values and output gate; decay and
+    write gates), their split, convolution, the recurrence and the gated norm.
+    """
     tp = case.layout.tp
-    widths = (spec.q_width + spec.k_width + 2 * spec.v_width + 2 * spec.n_heads) // tp
+    widths = (spec.q_width + spec.k_width + 2 * spec.v_width) // tp
     n_tokens = batch.n_tokens
     state_bytes = spec.state_elements_per_sequence / tp * 4.0
-    n_updates = batch.n_sequences * np.ceil(batch.n_query / 64.0)
+    n_updates = batch.n_sequences * np.ceil(batch.n_query / 64.0) + batch.n_riding
     moved = n_tokens * widths * 2 * ACTIVATION_BYTES + 2 * state_bytes * n_updates
     return [
         ("qkv_proj", gemm(case, n_tokens, widths, case.model.hidden), "attention_gemm"),
+        ("gates_proj", gemm(case, n_tokens, -(-2 * spec.n_heads // tp), case.model.hidden), "attention_gemm"),
         ("conv", Elementwise(n_tokens * widths * 2 * ACTIVATION_BYTES, 2), "elementwise"),
         ("delta_rule", Elementwise(moved, 1 if batch.phase == "decode" else 4), "attention"),
+        ("gated_norm", Elementwise(n_tokens * 3 * spec.v_width // tp * ACTIVATION_BYTES), "elementwise"),
+    ]
+
+
+def _cores(
+    case: Case,
+    spec: AttentionSpec,
+    batch: Batch,
+    kind: Literal["gqa", "mla"],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    v_dim: int,
+) -> Named:
+    """Attention proper: of the batch, and of the sequences that decode along with it."""
+    parts = {"attention": batch, "riding_attention": batch.riders}
+    return [
+        (name, _core(case, spec, part, kind, heads, kv_heads, head_dim, v_dim), "attention")
+        for name, part in parts.items()
+        if part is not None
     ]
 
 

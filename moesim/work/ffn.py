@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from moesim.model.spec import LayerSpec, MoeSpec
 from moesim.work.attention import ACTIVATION_BYTES, Named, gemm, norm, tp_sum
 from moesim.work.case import Case

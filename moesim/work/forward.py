@@ -9,7 +9,7 @@ import numpy as np
 
 from moesim.errors import LayoutError
 from moesim.model.spec import LayerSpec
-from moesim.work.attention import ACTIVATION_BYTES, Named, attention_ops, tp_sum
+from moesim.work.attention import ACTIVATION_BYTES, Named, attention_ops, cross_projection, tp_sum
 from moesim.work.capacity import expert_capacity
 from moesim.work.case import Case, Stage
 from moesim.work.ffn import ExpertTraffic, dense_ops, expert_ops, head_ops, loss_ops, sequence_cut
@@ -69,22 +69,33 @@ def _append_layers(
     blocks: list[Block], order: list[tuple[int, int]],
 ) -> None:  # fmt: skip
     """Group the stage's layers by kind, one block a kind, and note the order of their repeats."""
-    phase = micros[0].phase
-    encodes = phase == "prefill" and any(layer.role == "encoder" for layer in case.model.layers)
-    if encodes:
-        _append_projections(case, micros, stage, blocks, order)
-    running = [i for i in stage.layers if _runs(case.layer(i), "decoder" if phase == "decode" else "encoder" if encodes else None)]
-    moe_rank = {layer: row for row, layer in enumerate(i for i in stage.layers if case.layer(i).moe is not None)}
-    kinds: dict[LayerSpec, list[int]] = {}
+    roles = _running_roles(case, micros[0].phase)
+    running = [i for i in stage.layers if case.layer(i).role in roles]
+    moe_rank = {
+        layer: row for row, layer in enumerate(i for i in stage.layers if case.layer(i).moe is not None)
+    }
+    kinds: dict[int, list[int]] = {}
     for index in running:
-        kinds.setdefault(case.layer(index), []).append(index)
-    position = {spec: len(blocks) + k for k, spec in enumerate(kinds)}
-    for spec, layers in kinds.items():
+        kinds.setdefault(case.model.kind_of_layer[index], []).append(index)
+    places: dict[int, tuple[int, int]] = {}
+    for kind, layers in kinds.items():
+        spec = case.model.kinds[kind]
+        places |= {layer: (len(blocks), repeat) for repeat, layer in enumerate(layers)}
         rows = [moe_rank[i] for i in layers if i in moe_rank]
         own = [one.of_layers(rows) for one in traffic] if spec.moe is not None else []
         nodes = _layer_nodes(case, spec, micros, own)
         blocks.append(Block("moe" if spec.moe else "dense", tuple(layers), nodes))
-    order += [(position[case.layer(i)], kinds[case.layer(i)].index(i)) for i in running]
+    order += [places[i] for i in running]
+    if "decoder" not in roles:
+        _append_projections(case, micros, stage, blocks, order)
+
+
+def _running_roles(case: Case, phase: str) -> tuple[str, ...]:
+    """An encoder reads the prompt, once; then its decoder runs in every decode step. Training runs both."""
+    if phase == "decode":
+        return ("decoder",)
+    encodes = any(layer.role == "encoder" for layer in case.model.layers)
+    return ("encoder",) if encodes and phase == "prefill" else ("encoder", "decoder")
 
 
 def _append_projections(
@@ -92,7 +103,9 @@ def _append_projections(
 ) -> None:
     """What a prompt costs in a decoder that has an encoder: the keys and values of its cross-attentions."""
     cross = {i: case.layer(i).cross_attention for i in stage.layers}
-    kinds = {spec: [i for i, one in cross.items() if one == spec] for spec in cross.values() if spec is not None}
+    kinds = {
+        spec: [i for i, one in cross.items() if one == spec] for spec in cross.values() if spec is not None
+    }
     for spec, layers in kinds.items():
         order += [(len(blocks), repeat) for repeat in range(len(layers))]
         nodes = [n for m, one in enumerate(micros) for n in _named(cross_projection(case, spec, one), m)]
@@ -112,7 +125,9 @@ def _clip(case: Case, traffic: ExpertTraffic) -> tuple[ExpertTraffic, FloatArray
     )
     kept = np.minimum(rows, capacity)
     share = 1.0 - kept.sum(axis=(1, 2, 3)) / total.sum(axis=(1, 2, 3))
-    return _thinned(replace(traffic, tokens_per_slot=kept), kept.sum(axis=3) / np.maximum(rows.sum(axis=3), 1e-30)), share
+    return _thinned(
+        replace(traffic, tokens_per_slot=kept), kept.sum(axis=3) / np.maximum(rows.sum(axis=3), 1e-30)
+    ), share
 
 
 def _thinned(traffic: ExpertTraffic, kept: FloatArray) -> ExpertTraffic:
@@ -146,7 +161,7 @@ def _named(
 
 
 def _before_experts(case: Case, spec: LayerSpec, batch: Batch) -> Named:
-    ops = attention_ops(case, spec.attention, batch)
+    ops = attention_ops(case, spec.attention, batch, masked=spec.role == "decoder")
     if spec.cross_attention is not None:
         ops = [*ops, *tp_sum(case, batch.n_tokens)]
         ops += [(f"cross_{n}", op, c) for n, op, c in attention_ops(case, spec.cross_attention, batch)]
@@ -208,7 +223,7 @@ def _moe_nodes(
 def _embedding(case: Case, micros: list[Batch], with_host: bool) -> Block:
     nodes: list[Node] = []
     if with_host:
-        total = sum((m.n_sequences for m in micros), np.zeros(1))
+        total = sum((m.n_rows_out for m in micros), np.zeros(1))
         nodes.append(Node("host.0", Pause("host", total), "host"))
     for micro, batch in enumerate(micros):
         moved = batch.n_tokens * case.model.hidden * 2 * ACTIVATION_BYTES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from typing import Literal
 
@@ -59,17 +60,21 @@ class TrainingState:
 def rank_elements(case: Case, stage: Stage) -> Counter[tuple[str, str]]:
     """Parameters on one rank by (part, format); routed experts include replicas."""
     counts: Counter[tuple[str, str]] = Counter()
-    for index in stage.layers:
-        layer = case.layer(index)
-        for name, weight in layer_weights(layer, case.model.hidden).items():
+    for kind, n_layers in Counter(case.model.kind_of_layer[index] for index in stage.layers).items():
+        layer = case.model.kinds[kind]
+        for name, weight in _weights_of(layer, case.model.hidden).items():
             n_parts = _attention_parts(case, layer, name)
-            counts[weight.part, _format(case, weight)] += _on_rank(case, weight, n_parts)
+            counts[weight.part, _format(case, weight)] += n_layers * _on_rank(case, weight, n_parts)
     outer = model_weights(case.model)
     for name, weight in outer.items():
         tied_head = case.model.tied_embeddings and name == "embedding" and stage.last
         if (stage.first and name == "embedding") or (stage.last and name != "embedding") or tied_head:
             counts[weight.part, _format(case, weight)] += _on_rank(case, weight, case.layout.tp)
     return counts
+
+
+_weights_of = lru_cache(maxsize=256)(layer_weights)
+"""A planner asks for the same few kinds of layers thousands of times."""
 
 
 def _attention_parts(case: Case, layer: LayerSpec, name: str) -> int:
@@ -123,16 +128,18 @@ def weight_bytes(case: Case, stage: Stage) -> dict[str, float]:
 def kv_bytes_per_sequence(case: Case, stage: Stage, context: FloatArray) -> FloatArray:
     """KV cache of one sequence on one rank of a stage [bytes]: heads are cut over `tp`, latents are not."""
     total = np.zeros_like(context)
-    for index in stage.layers:
-        layer = case.layer(index)
+    for kind, n_layers in Counter(case.model.kind_of_layer[index] for index in stage.layers).items():
+        layer = case.model.kinds[kind]
         for attention in (layer.attention, layer.cross_attention):
             if attention is None or layer.role == "encoder":
                 continue
             cut = 1 if attention.kind == "mla" else min(case.layout.tp, max(1, attention.n_kv_heads))
             held = np.minimum(context, attention.window) if attention.window else context
             pages = held + (KV_PAGE_TOKENS / 2 if attention.kv_elements_per_token else 0)
-            total = total + pages * attention.kv_elements_per_token / cut * KV_BYTES[case.kv_dtype]
-            total = total + attention.state_elements_per_sequence / case.layout.tp * 4.0
+            per_layer = pages * attention.kv_elements_per_token / cut * KV_BYTES[case.kv_dtype]
+            total = total + n_layers * (
+                per_layer + attention.state_elements_per_sequence / case.layout.tp * 4.0
+            )
     return total
 
 
@@ -186,7 +193,7 @@ def _step_activations(case: Case, stage: Stage, n_sequences: FloatArray, n_token
     rows' input and both products; engines free the rest between kernels.
     """
     widest = 0.0
-    for layer in {case.layer(i) for i in stage.layers}:
+    for layer in {case.model.kind_of_layer[i]: case.layer(i) for i in stage.layers}.values():
         if layer.moe is not None:
             width = _moe_width(case, layer.moe)
         else:

@@ -24,6 +24,10 @@ class Batch:
     """New tokens of each sequence."""
     n_context: FloatArray
     """Tokens that the last of them attends to, itself included."""
+    n_riding: FloatArray | float = 0.0
+    """Sequences that decode one token each in the same prefill step (in-flight batching)."""
+    riding_context: FloatArray | float = 1.0
+    """Tokens that each of those attends to."""
 
     @classmethod
     def of(
@@ -32,11 +36,12 @@ class Batch:
         n_sequences: object,
         n_query: object,
         n_context: object,
+        n_riding: object = 0.0,
+        riding_context: object = 1.0,
     ) -> Batch:
         """Make a batch from scalars or (n_points,) arrays."""
-        columns = np.broadcast_arrays(
-            *(np.atleast_1d(np.asarray(x, dtype=float)) for x in (n_sequences, n_query, n_context))
-        )
+        given = (n_sequences, n_query, n_context, n_riding, riding_context)
+        columns = np.broadcast_arrays(*(np.atleast_1d(np.asarray(x, dtype=float)) for x in given))
         return cls(phase, *(column.reshape(-1, 1, 1) for column in columns))
 
     @property
@@ -47,7 +52,20 @@ class Batch:
     @property
     def n_tokens(self) -> FloatArray:
         """(n_points, 1, 1) new tokens on each replica."""
-        return self.n_sequences * self.n_query
+        return np.asarray(self.n_sequences * self.n_query + self.n_riding)
+
+    @property
+    def n_rows_out(self) -> FloatArray:
+        """(n_points, 1, 1) sequences that get a new token on each replica."""
+        return np.asarray(self.n_sequences + self.n_riding)
+
+    @property
+    def riders(self) -> Batch | None:
+        """The sequences that decode in a prefill step, as a batch of their own; None where there are none."""
+        if not np.any(self.n_riding):
+            return None
+        ones = np.ones_like(self.n_sequences)
+        return Batch("decode", ones * self.n_riding, ones, ones * self.riding_context)
 
     def share(self, fraction: float) -> Batch:
         """Return a micro-batch: this fraction of the sequences, or of the tokens of a lone prompt."""

@@ -105,7 +105,9 @@ def gradient_ops(case: Case, stage: Stage, state: TrainingState) -> list[tuple[s
             ops.append((f"grad_all_reduce.{name}", AllReduce(grads, group)))
             continue
         ops.append((f"grad_reduce_scatter.{name}", ReduceScatter(grads, group)))
-        ops.append((f"weight_all_gather.{name}", AllGather(np.full((1, 1, 1), elements * 2.0), group)))
+        # ZeRO-3 keeps no whole weights between passes: gathered for the forward and for the backward
+        gathered = elements * 2.0 * (2 if state.zero == 3 else 1)
+        ops.append((f"weight_all_gather.{name}", AllGather(np.full((1, 1, 1), gathered), group)))
     return ops
 
 

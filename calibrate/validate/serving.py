@@ -1,0 +1,207 @@
+"""Measured serving benchmarks against `serve_outcome`: TPOT and TTFT of each row of serving.csv."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from calibrate.fit.common import ape_stats
+from moesim.cost.backend import backend_of
+from moesim.hardware.catalog import load_cluster
+from moesim.hardware.cluster import Cluster
+from moesim.model import load_model
+from moesim.plan.context import Choice, Context
+from moesim.plan.outcome import Outcome
+from moesim.plan.workloads import serve_outcome
+from moesim.routing import default_routing
+from moesim.work.case import Layout
+
+__all__ = ["Deployment", "Reading", "deployment_of", "evaluate", "main", "predict", "read_rows", "summary"]
+
+MODELS = {
+    "Qwen/Qwen3-235B-A22B-FP8": "qwen3-235b-a22b",
+    "Qwen/Qwen3-32B": "qwen3-32b",
+    "Qwen/Qwen3.5-397B-A17B": "qwen3.5-397b-a17b",
+    "deepseek-ai/DeepSeek-R1": "deepseek-v3",
+    "deepseek-ai/DeepSeek-V3": "deepseek-v3",
+    "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
+    "nvidia/Llama-3.1-8B-Instruct-FP8": "llama-3.1-8b",
+    "openai/gpt-oss-120b": "gpt-oss-120b",
+}
+"""Catalog name of each model of the table; DeepSeek-R1 has V3's shape."""
+
+BLOCK_SCALED = ("DeepSeek", "235B", "397B")
+"""Checkpoints whose "fp8" has a scale per 128 x 128 block (their config.json: weight_block_size [128, 128])."""
+
+HOST_OF = {"sglang": "sglang", "trtllm": "trtllm", "vllm": "vllm"}
+"""Family of the host's share of a step, by engine."""
+
+ASYNCHRONOUS_VLLM = (0, 14)
+"""vLLM release from which steps are scheduled while the one before runs, by default."""
+
+RANDOM_LENGTHS = 0.9
+"""Mean over nominal length in InferenceMAX: its client draws lengths evenly from 0.8 to 1.0 of the nominal
+(`--random-range-ratio 0.8`); the fixed-length rows of other campaigns keep 1."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What one group of rows ran."""
+
+    model: str
+    system: str
+    backend: str
+    weight_dtype: str
+    expert_dtype: str
+    kv_dtype: str
+    layout: Layout
+    host: str
+    """Family of the host's share of a step."""
+
+    @property
+    def n_gpus(self) -> int:
+        """GPUs of the engine."""
+        return self.layout.n_ranks
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a row was read."""
+
+    deployment: Deployment | None
+    notes: tuple[str, ...] = ()
+    """What was not taken to the letter."""
+    skip: str = ""
+    """Why it cannot be read; empty where it can."""
+    length_scale: float = 1.0
+    """Mean over nominal length of prompts and answers."""
+
+
+def read_rows(data: Path, *, systems: Iterable[str] = ("h100-sxm", "h200-sxm"), mode: str = "agg") -> pd.DataFrame:
+    """Rows of the measured table on some GPUs."""
+    table = pd.read_csv(data / "measured" / "serving.csv")
+    wanted = table.system.isin(list(systems)) & (table["mode"] == mode)
+    return table[wanted].reset_index(drop=True)
+
+
+def deployment_of(row: Mapping[str, Any]) -> Reading:
+    """Read one row; see docs/fits/serving.md for why it is read so."""
+    name = MODELS.get(str(row["model"]))
+    if name is None:
+        return Reading(None, skip=f"no catalog entry for {row['model']}")
+    moe_tp, moe_ep = _whole(row, "moe_tp_size"), _whole(row, "moe_ep_size")
+    tp, dp = _whole(row, "tp_size"), _whole(row, "attention_dp_size")
+    notes: list[str] = []
+    is_moe = load_model(name).is_moe
+    if not is_moe:
+        moe_tp = moe_ep = 1
+    elif moe_tp > 1 and moe_ep > 1 and tp * dp == moe_tp * moe_ep:
+        # the campaign's "tp: 8, ep: 8" stands here as moe_tp 8, moe_ep 8 and their product as the GPU count
+        if moe_tp != moe_ep:
+            return Reading(None, skip=f"moe_tp {moe_tp} x moe_ep {moe_ep} on {tp * dp} GPUs")
+        notes.append("tp x ep product read as one group of tp = ep GPUs")
+        tp, dp = (moe_tp, 1) if dp == 1 else (1, moe_tp)
+        moe_tp = 1
+    elif tp * dp != moe_tp * moe_ep:
+        if pd.notna(row["attention_dp_size"]) or (moe_tp * moe_ep) % tp:
+            return Reading(None, skip=f"tp {tp} x dp {dp} is not moe_tp {moe_tp} x moe_ep {moe_ep}")
+        dp = moe_tp * moe_ep // tp
+        notes.append("attention dp, left out, read as moe_tp x moe_ep / tp")
+    layout = Layout(tp=tp, dp=dp, ep=moe_ep if is_moe else 1, etp=moe_tp if is_moe else 1)
+    weights, experts = _formats(row, is_moe)
+    scale = RANDOM_LENGTHS if pd.notna(row["attention_dp_size"]) and int(row["isl"]) in (1024, 8192) else 1.0
+    kv = "fp8" if row["backend"] == "trtllm" and weights != "bfloat16" else "bfloat16"
+    found = Deployment(name, str(row["system"]), str(row["backend"]), weights, experts, kv, layout, _host(row))
+    if pd.isna(row["concurrency"]):
+        return Reading(None, tuple(notes), skip="no concurrency")
+    return Reading(found, tuple(notes), length_scale=scale)
+
+
+def _whole(row: Mapping[str, Any], name: str) -> int:
+    return 1 if pd.isna(row[name]) else int(row[name])
+
+
+def _host(row: Mapping[str, Any]) -> str:
+    if row["backend"] != "vllm":
+        return HOST_OF[str(row["backend"])]
+    release = str(row["backend_version"]).split(".")
+    known = len(release) > 1 and release[0].isdigit() and release[1].isdigit()
+    late = known and (int(release[0]), int(release[1])) >= ASYNCHRONOUS_VLLM
+    return "vllm" if late else "vllm-sync"
+
+
+def _formats(row: Mapping[str, Any], is_moe: bool) -> tuple[str, str]:
+    precision = row["precision"]
+    if pd.isna(precision):
+        return "bfloat16", "bfloat16"
+    if precision == "fp4":
+        # Hopper has no FP4 units: gpt-oss's own MXFP4 experts, 16-bit everywhere else
+        return "bfloat16", "w4a16_mxfp4"
+    block = any(key in str(row["model"]) for key in BLOCK_SCALED) or row["gemm_quant_mode"] == "fp8_block"
+    found = "fp8_block" if block else "fp8"
+    return found, found if is_moe else found
+
+
+def context_of(deployment: Deployment) -> Context:
+    """The engine of one deployment; embedded routing."""
+    return Context(
+        load_model(deployment.model),
+        default_routing(),
+        replace(backend_of(deployment.backend), host=deployment.host),
+        deployment.weight_dtype,
+        deployment.expert_dtype,
+        deployment.kv_dtype,
+    )
+
+
+def cluster_of(deployment: Deployment) -> Cluster:
+    """HGX nodes enough for the deployment."""
+    return load_cluster(gpu=deployment.system, nodes=max(1, -(-deployment.n_gpus // 8)))
+
+
+def predict(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add predictions: ``tpot_pred_s, ttft_pred_s, decode_s, notes, skip`` and what they were read as."""
+    table = rows.copy()
+    readings = [deployment_of(row) for row in table.to_dict("records")]
+    table["skip"] = [reading.skip for reading in readings]
+    table["notes"] = ["; ".join(reading.notes) for reading in readings]
+    table["deployment"] = [reading.deployment for reading in readings]
+    table["scale"] = [reading.length_scale for reading in readings]
+    table["host"] = [found.host if found else "" for found in table["deployment"]]
+    table["is_moe"] = [bool(found) and load_model(found.model).is_moe for found in table["deployment"]]
+    table["batch_per_rank"] = [
+        concurrency / found.layout.dp if found else np.nan
+        for concurrency, found in zip(table.concurrency, table["deployment"], strict=True)
+    ]
+    table["prompt"] = np.rint(table.isl * table["scale"])
+    table["answer"] = np.rint(table.osl * table["scale"])
+    for name in ("tpot_pred_s", "ttft_pred_s", "decode_s"):
+        table[name] = np.nan
+    for deployment, part in table[table["skip"] == ""].groupby("deployment", sort=False):
+        outcome = outcome_of(deployment, part)
+        table.loc[part.index, "tpot_pred_s"] = outcome.tpot_s
+        table.loc[part.index, "ttft_pred_s"] = outcome.ttft_s
+        table.loc[part.index, "decode_s"] = outcome.step_s
+    return table
+
+
+def outcome_of(deployment: Deployment, part: pd.DataFrame, context: Context | None = None) -> Outcome:
+    """`serve_outcome` of the rows of one deployment."""
+    sizes = {
+        "input": part.prompt.to_numpy(float),
+        "output": part.answer.to_numpy(float),
+        "batch_per_rank": part.batch_per_rank.to_numpy(float),
+    }
+    return serve_outcome(
+        context or context_of(deployment), cluster_of(deployment), deployment.layout, Choice(), sizes
+    )

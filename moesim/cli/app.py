@@ -1,0 +1,220 @@
+"""Commands: plan, run, explain, list, trace, schema."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moesim.cli import show
+from moesim.errors import MoesimError, ScenarioError
+from moesim.scenario import DEFAULT_SCENARIO, ScenarioFile, json_schema, load_scenario
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="moesim",
+    help="Plan and simulate Mixture-of-Experts models on GPU clusters, driven by real routing.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+trace_app = typer.Typer(
+    help="Look at routing traces and bring them in.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(trace_app, name="trace")
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as layout.ep=16; repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+ScenarioPath = Annotated[str, typer.Argument(metavar="SCENARIO", help="Scenario file (YAML).")]
+Report = Annotated[str | None, typer.Option(help="Where the HTML page goes; `none` for no page.")]
+
+
+@app.command()
+def plan(
+    scenario: Annotated[
+        str | None,
+        typer.Argument(metavar="[SCENARIO]", help="Scenario file; an embedded one where left out."),
+    ] = None,
+    set_: Set = None,
+    json: Json = False,
+    report: Report = None,
+    top: Annotated[int, typer.Option(min=1, help="Layouts in the table.")] = 10,
+    engine: Annotated[int, typer.Option(min=0, help="Best layouts to run event by event.")] = 3,
+) -> None:
+    """Rank every layout of a model on a cluster by cost, latency or throughput."""
+    from moesim.plan import plan as search
+    from moesim.plan import plan_answer
+
+    file = load_scenario(scenario or DEFAULT_SCENARIO, set_ or ())
+    with show.bar("pricing layouts", quiet=json) as progress:
+        found = search(file.scenario, progress=progress)
+    with show.bar("running the best event by event", quiet=json) as progress:
+        answer = plan_answer(found, n_engine=engine, progress=progress)
+    page = _page(report, "moesim-plan.html", quiet=json)
+    if page is not None:
+        from moesim.report import write_plan_report
+
+        answer.plan["report"] = str(
+            write_plan_report(page, answer.plan, [show.detail(one) for one in answer.maps])
+        )
+    if json:
+        show.json_text(answer.plan)
+        return
+    show.plan(answer.plan, top)
+
+
+@app.command()
+def run(
+    scenario: ScenarioPath,
+    set_: Set = None,
+    json: Json = False,
+    report: Report = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(help="Write the step as a Perfetto (Chrome trace) JSON file; .gz compresses."),
+    ] = None,
+) -> None:
+    """Simulate one layout event by event."""
+    from moesim.plan import run as simulate
+    from moesim.plan import run_answer
+
+    file = load_scenario(scenario, set_ or ())
+    single = file.single()
+    found = _located(file, lambda: simulate(single))
+    result, maps = run_answer(found, single)
+    if timeline is not None and found.timelines:
+        from moesim.metrics import write_perfetto
+
+        result["timeline"] = str(write_perfetto(found.timelines[0], timeline))
+    page = _page(report, None, quiet=json)
+    if page is not None and found.outcome is not None:
+        from moesim.report import write_run_report
+
+        result["report"] = str(write_run_report(page, result, show.detail(maps)))
+    if json:
+        show.json_text(result)
+        return
+    show.run(result)
+
+
+@app.command()
+def explain(
+    scenario: ScenarioPath,
+    set_: Set = None,
+    json: Json = False,
+    all_terms: Annotated[bool, typer.Option("--all", help="Every term, small ones too.")] = False,
+) -> None:
+    """Show every term of a result: formula, inputs, parameters and where they are from."""
+    from moesim.plan import explain as terms
+    from moesim.plan import price_one
+
+    file = load_scenario(scenario, set_ or ())
+    single = file.single()
+    outcome = _located(file, lambda: price_one(single))
+    told = terms(outcome)
+    if json:
+        show.json_text(told)
+        return
+    show.explanation(told, all_terms)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="models, gpus, clusters, scenarios or routing.")],
+    json: Json = False,
+) -> None:
+    """List what the catalog holds."""
+    rows = show.catalog(what)
+    if json:
+        show.json_text({what: rows})
+        return
+    show.rows(what, rows)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a scenario, for editors."""
+    show.json_text(json_schema())
+
+
+@trace_app.command("show")
+def trace_show(
+    trace: Annotated[str, typer.Argument(help="Trace file, or a name of `moesim list routing`.")],
+    model: Annotated[str | None, typer.Option(help="Model to show a generator or bare counts for.")] = None,
+    json: Json = False,
+) -> None:
+    """Show how a router loads its experts."""
+    told = show.routing(trace, model)
+    if json:
+        show.json_text(told)
+        return
+    show.routing_tables(trace, told)
+
+
+@trace_app.command("import")
+def trace_import(
+    source: Annotated[Path, typer.Argument(help="SGLang count JSON, token-level npz, or a moesim trace.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Trace to write (.safetensors).")],
+    format_: Annotated[str, typer.Option("--format", help="auto, sglang or npz.")] = "auto",
+    model: Annotated[
+        str | None, typer.Option(help="Model the routing is of; its experts are checked.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Bring routing of another tool into moesim's format."""
+    told = show.imported(source, output, format_, model)
+    if json:
+        show.json_text(told)
+        return
+    show.import_line(told)
+
+
+def _page(wanted: str | None, default: str | None, *, quiet: bool) -> Path | None:
+    if wanted == "none" or (wanted is None and (quiet or default is None)):
+        return None
+    page = Path(wanted or default or "")
+    if not page.resolve().parent.is_dir():
+        raise ScenarioError(
+            "its folder does not exist", value=str(page), place="--report", fix="make the folder"
+        )
+    return page
+
+
+def _located(file: ScenarioFile, work: Any) -> Any:
+    """Run something of a scenario; an error without a place gets the scenario's layout or model."""
+    try:
+        return work()
+    except MoesimError as error:
+        key = {"LayoutError": "layout", "TraceError": "routing", "ModelError": "model"}.get(
+            type(error).__name__
+        )
+        raise (file.located(error, key) if key else error) from None
+
+
+def main() -> None:
+    """Run the command line; an input that is refused is told in one line, exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except MoesimError as error:
+        sys.stderr.write(f"moesim: {error}\n")
+        sys.exit(2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.stderr.write("moesim: stopped\n")
+        sys.exit(130)
+    except (OSError, UnicodeError) as error:
+        sys.stderr.write(f"moesim: {error}\n")
+        sys.exit(2)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's usage errors: an unknown option, a missing argument
+            sys.stderr.write(f"moesim: {error.format_message()} Try --help.\n")
+            sys.exit(2)
+        raise

@@ -1,0 +1,157 @@
+"""Every term of a result: formula, inputs, parameters, and where the parameters are from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moesim.errors import ScenarioError
+from moesim.hardware.profile import Family, Profile
+from moesim.plan.outcome import Outcome
+from moesim.plan.steps import Pass
+from moesim.work.ops import Op
+from moesim.work.step import Block, Node
+
+__all__ = ["explain", "families_used"]
+
+FORMULAS = {
+    "gemm": "launch + smooth max(tiles over SMs in waves x time of a tile, bytes / HBM)",
+    "moe_ffn": "launch + up and down products (tiles of each expert's rows in waves, against the weights of active "
+    "experts / HBM) + rows permuted, activated and combined / HBM",
+    "attention_prefill": "launch + smooth max(4 x pairs seen x heads x width / FLOP rate, bytes / HBM)",
+    "attention_decode": "launch + smooth max(cached bytes / HBM, products / FLOP rate), split over SMs",
+    "elementwise": "kernels x launch + bytes moved / HBM",
+    "router": "gate product + top-k kernel",
+    "host": "step + sequences x per sequence",
+    "all_reduce": "min(engine's one-shot or two-shot kernel, NCCL): start + wire bytes / link",
+    "all_gather": "start + wire bytes / link, three regimes",
+    "reduce_scatter": "start + wire bytes / link, three regimes",
+    "all_to_all": "start + busiest port's bytes / link",
+    "ep_dispatch": "start + smooth max(NVLink bytes, NIC bytes, SM work) + after",
+    "ep_combine": "start + smooth max(NVLink bytes, NIC bytes, SM work) + after",
+    "send_recv": "start + bytes / link",
+}
+"""One line each; the equations are in docs/fits."""
+
+
+def explain(outcome: Outcome, point: int = 0) -> dict[str, Any]:
+    """Terms of one size of an outcome, as plain values.
+
+    Returns
+    -------
+    dict
+        ``passes``: for each step that the result is made of, ``terms``: name, how often it runs, seconds
+        (mean over ranks and the busiest rank's), share, inputs, formula, family. ``families``: parameters
+        with errors, provenance and held-out error by name. ``memory``: items of the fullest rank.
+        ``summary``: how the result follows from the steps.
+
+    Raises
+    ------
+    ScenarioError
+        If the workload is one whose steps are not kept.
+    """
+    if not outcome.passes:
+        raise ScenarioError("no steps are kept of this workload")
+    families: dict[str, Any] = {}
+    passes = []
+    for name, one in outcome.passes.items():
+        at = min(point, one.batch.n_points - 1)
+        passes.append({"name": name, "step_s": float(one.period_s[at]), "terms": _terms(one, at, families)})
+    first = next(iter(outcome.passes.values()))
+    profile = first.timed.pricer.profile
+    return {
+        "device": outcome.case.cluster.gpu.name,
+        "profile": _profile(profile),
+        "summary": outcome.how,
+        "passes": passes,
+        "families": families,
+        "memory_bytes": {key: float(values[point]) for key, values in outcome.memory_bytes.items()},
+        "gpu_sources": dict(outcome.case.cluster.gpu.sources),
+    }
+
+
+def families_used(outcome: Outcome) -> list[dict[str, str]]:
+    """Provenance of every family behind an outcome, for a table."""
+    found: dict[str, Family] = {}
+    for one in outcome.passes.values():
+        for block in one.timed.step.blocks:
+            for node in block.nodes:
+                for family in one.timed.pricer.families(node.op):
+                    found[_name(family)] = family
+    return [
+        {
+            "what": name,
+            "kind": family.provenance.kind,
+            "data": family.provenance.data,
+            "held_out": _held_out(family),
+        }
+        for name, family in sorted(found.items())
+    ]
+
+
+def _held_out(family: Family) -> str:
+    error = family.held_out
+    return f"{error.median_ape:.1%} median, {error.p90_ape:.1%} p90" if error else "not measured"
+
+
+def _profile(profile: Profile) -> str:
+    if profile.carried_from is None:
+        return f"fitted on {profile.device}"
+    return f"uncalibrated: efficiencies of {profile.carried_from} on {profile.device}'s datasheet"
+
+
+def _terms(one: Pass, point: int, families: dict[str, Any]) -> list[dict[str, Any]]:
+    terms = []
+    for block, times in zip(one.timed.step.blocks, one.timed.seconds, strict=True):
+        for node, seconds in zip(block.nodes, times, strict=True):
+            terms.append(_term(one, block, node, seconds[min(point, len(seconds) - 1)], point, families))
+    total = sum(term["seconds"] for term in terms) or 1.0
+    for term in terms:
+        term["share"] = term["seconds"] / total
+    return terms
+
+
+def _term(
+    one: Pass, block: Block, node: Node, seconds: np.ndarray, point: int, families: dict[str, Any]
+) -> dict[str, Any]:
+    """`seconds` is (n_layers or 1, n_ranks or 1)."""
+    repeats = len(block.layers)
+    per_rank = seconds.sum(axis=0) * (repeats if seconds.shape[0] == 1 else 1)
+    used = one.timed.pricer.families(node.op)
+    for family in used:
+        families.setdefault(_name(family), _family(family))
+    return {
+        "name": f"{block.name}.{node.name.rsplit('.', 1)[0]}",
+        "micro_batch": node.micro,
+        "operator": type(node.op).__name__,
+        "category": node.category,
+        "stream": node.stream,
+        "times": repeats,
+        "seconds": float(per_rank.mean()),
+        "seconds_busiest_rank": float(per_rank.max()),
+        "formula": FORMULAS.get(used[0].op, ""),
+        "inputs": _inputs(node.op, point),
+        "families": [_name(family) for family in used],
+    }
+
+
+def _inputs(op: Op, point: int) -> dict[str, Any]:
+    """An operator's sizes; arrays over layers and ranks as their mean and largest."""
+    given: dict[str, Any] = {}
+    for name, value in vars(op).items():
+        if not isinstance(value, np.ndarray):
+            given[name] = value
+            continue
+        own = value[min(point, len(value) - 1)]
+        mean, most = float(own.mean()), float(own.max())
+        given[name] = mean if mean == most else {"mean": mean, "max": most}
+    return given
+
+
+def _name(family: Family) -> str:
+    return f"{family.op} / {family.implementation} / {family.dtype}"
+
+
+def _family(family: Family) -> dict[str, Any]:
+    return family.model_dump(mode="json", exclude={"op", "implementation", "dtype"})

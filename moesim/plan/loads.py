@@ -1,0 +1,188 @@
+"""Expert loads of a layout at many workload sizes, drawn once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import LayoutError
+from moesim.model.spec import ModelSpec
+from moesim.routing import (
+    Exchange,
+    ExchangeKind,
+    Phase,
+    Placement,
+    RoutingShape,
+    RoutingSource,
+    balanced,
+    contiguous,
+    count_batch,
+    draw_batch,
+    eplb,
+    inclusion,
+    load_points,
+    read_placement,
+    round_robin,
+)
+from moesim.work.case import Case, Layout
+from moesim.work.ffn import ExpertTraffic
+
+__all__ = ["TrafficMaker"]
+
+
+class TrafficMaker:
+    """Draws what each rank of an expert group receives.
+
+    Parameters
+    ----------
+    model
+        Whose experts.
+    source
+        Trace or generator.
+    seed
+        Seed of the draws.
+    max_tokens
+        Most tokens drawn for one group.
+    """
+
+    def __init__(self, model: ModelSpec, source: RoutingSource, seed: int, max_tokens: int) -> None:
+        self.model = model
+        self.source = source
+        self.seed = seed
+        self.max_tokens = max_tokens
+        self._placements: dict[tuple[object, ...], Placement] = {}
+        self._sizes: dict[tuple[object, ...], dict[int, _Size]] = {}
+
+    @property
+    def shape(self) -> RoutingShape:
+        """What the model's routers draw."""
+        moe = self.model.moe
+        if moe is None:
+            raise LayoutError("a dense model has no router")
+        return RoutingShape(
+            len(self.model.moe_layers), moe.n_experts, moe.top_k, moe.n_groups, moe.top_groups
+        )
+
+    def placement(self, layout: Layout, ranks_per_domain: int) -> Placement:
+        """Experts in slots, by the layout's policy and the source's popularity."""
+        n_domains = max(1, layout.ep // ranks_per_domain) if layout.ep % ranks_per_domain == 0 else 1
+        key = (layout.placement, layout.ep, layout.redundant_experts, n_domains)
+        if key not in self._placements:
+            self._placements[key] = self._place(layout, n_domains)
+        return self._placements[key]
+
+    def _place(self, layout: Layout, n_domains: int) -> Placement:
+        shape, ep, extra = self.shape, layout.ep, layout.redundant_experts
+        match layout.placement:
+            case "contiguous":
+                return contiguous(shape.n_experts, ep, extra)
+            case "round-robin":
+                return round_robin(shape.n_experts, ep, extra)
+            case "balanced" if not extra:
+                return balanced(inclusion(self.source, shape), ep)
+            case "eplb" | "balanced":
+                return eplb(
+                    inclusion(self.source, shape),
+                    n_slots=shape.n_experts + extra,
+                    n_ranks=ep,
+                    n_groups=shape.n_groups,
+                    n_nodes=n_domains,
+                )
+            case _:
+                return read_placement(layout.placement, n_experts=shape.n_experts, n_ranks=ep)
+
+    def traffic(self, case: Case, phase: str, replica_tokens: Sequence[float]) -> ExpertTraffic:
+        """Loads of every MoE layer of the model.
+
+        Parameters
+        ----------
+        case
+            Layout and dispatch.
+        phase
+            ``decode``, ``prefill`` or ``train`` (drawn as prefill).
+        replica_tokens : (n_points,)
+            Tokens of each attention replica in one micro-batch.
+        """
+        layout = case.layout
+        domain = max(1, case.cluster.scale_up_ranks // layout.etp)
+        kind = self._kind(case, domain)
+        drawn_phase: Phase = "decode" if phase == "decode" else "prefill"
+        # an expert group's ranks hold etp / tp of a replica's tokens each, whichever of the two is larger
+        per_rank = np.asarray(replica_tokens, dtype=float) * layout.etp / layout.tp
+        whole = np.maximum(np.ceil(per_rank - 1e-9), 1).astype(int)
+        known = self._drawn(layout, domain, drawn_phase, whole)
+        # a fraction of a token per rank is drawn as one: scaled back
+        share = (per_rank / whole)[:, None, None]
+        copies = [known[n].exchanges[kind] for n in whole.tolist()]
+        return ExpertTraffic(
+            np.stack([known[n].slots for n in whole.tolist()]) * share[..., None],
+            np.stack([one.sent_nvlink for one in copies]) * share,
+            np.stack([one.received_nvlink for one in copies]) * share,
+            np.stack([one.sent_nic for one in copies]) * share,
+            np.stack([one.received_nic for one in copies]) * share,
+        )
+
+    def matrix(self, case: Case, phase: str, replica_tokens: float) -> NDArray[np.float64]:
+        """(ep, ep) copies that one layer's dispatch moves between ranks, mean over layers, own rank zero.
+
+        One copy a token and rank; drawn apart, for a map, from up to 256 tokens a rank.
+        """
+        layout = case.layout
+        per_rank = replica_tokens * layout.etp / layout.tp
+        drawn = int(np.clip(per_rank, 1, 256))
+        drawn_phase: Phase = "decode" if phase == "decode" else "prefill"
+        rng = np.random.default_rng([self.seed, layout.ep])
+        ids = draw_batch(
+            self.source, self.shape, n_ranks=layout.ep, n_tokens=drawn, phase=drawn_phase, rng=rng
+        )
+        domain = max(1, case.cluster.scale_up_ranks // layout.etp)
+        counted = count_batch(
+            ids, self.placement(layout, domain), ranks_per_domain=min(domain, layout.ep), n_tokens=(drawn,)
+        )
+        copies = counted.traffic.copies_per_rank[-1].mean(axis=0) * per_rank / drawn
+        return np.asarray(copies * ~np.eye(layout.ep, dtype=bool))
+
+    def _drawn(self, layout: Layout, domain: int, phase: Phase, whole: NDArray[np.int64]) -> dict[int, _Size]:
+        """Loads by tokens per rank; sizes not met before are drawn together."""
+        key = (layout.ep, layout.redundant_experts, layout.placement, min(domain, layout.ep), phase)
+        known = self._sizes.setdefault(key, {})
+        missing = sorted(set(whole.tolist()) - set(known))
+        if missing:
+            load = load_points(
+                self.source,
+                self.shape,
+                tokens_per_rank=missing,
+                placement=self.placement(layout, domain),
+                phase=phase,
+                ranks_per_domain=min(domain, layout.ep),
+                seed=self.seed,
+                max_tokens=self.max_tokens,
+            )
+            for point, size in enumerate(missing):
+                exchanges = {kind: _of_point(one, point) for kind, one in load.exchanges.items()}
+                known[size] = _Size(load.tokens_per_slot[point], exchanges)
+        return known
+
+    def _kind(self, case: Case, domain: int) -> ExchangeKind:
+        # Megatron's all-to-all, as DeepEP's low-latency kernels, sends a row to each expert
+        if case.dispatch in ("low-latency", "nccl"):
+            return "per_assignment"
+        whole_domains = case.layout.ep % min(domain, case.layout.ep) == 0
+        return "two_level" if case.dispatch == "normal" and whole_domains else "per_rank"
+
+
+@dataclass(frozen=True, eq=False)
+class _Size:
+    """Loads of one batch size."""
+
+    slots: NDArray[np.float64]
+    exchanges: dict[ExchangeKind, Exchange]
+
+
+def _of_point(one: Exchange, point: int) -> Exchange:
+    return Exchange(
+        one.sent_nvlink[point], one.received_nvlink[point], one.sent_nic[point], one.received_nic[point]
+    )

@@ -1,0 +1,189 @@
+"""What one case comes to: times, throughput, memory, cost and the band, over many workload sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moesim.engine import Timeline
+from moesim.hardware.cluster import Cluster
+from moesim.model.params import count_parameters
+from moesim.model.spec import ModelSpec
+from moesim.work.case import Case, Layout
+from moesim.work.ops import FloatArray
+
+if TYPE_CHECKING:
+    from moesim.plan.steps import Pass
+
+__all__ = ["Outcome", "Played", "model_flops"]
+
+
+@dataclass(frozen=True, eq=False)
+class Played:
+    """One size, event by event."""
+
+    step_s: float
+    """Time of a step, links shared."""
+    breakdown_s: dict[str, float]
+    """Where it goes, on the critical rank; the parts add up."""
+    timelines: tuple[Timeline, ...]
+    """One micro-batch in each pipeline stage; of training, the pipeline itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """One layout and its choices at every workload size; arrays are (n_points,), None where a workload has none."""
+
+    case: Case
+    workload: dict[str, FloatArray]
+    """Sizes asked for, by the scenario's names."""
+    memory_bytes: dict[str, FloatArray]
+    """By item, with ``total`` and ``capacity``."""
+    step_s: FloatArray
+    tokens_per_s: FloatArray
+    """Tokens of the whole cluster: generated, prefilled or trained."""
+    mfu: FloatArray
+    band_fraction: FloatArray
+    """Half-width of the band over the time."""
+    ttft_s: FloatArray | None = None
+    tpot_s: FloatArray | None = None
+    imbalance: FloatArray | None = None
+    """Busiest expert rank over the mean."""
+    dropped_fraction: FloatArray | None = None
+    category_s: dict[str, FloatArray] = field(default_factory=dict)
+    """Kernel time by category."""
+    calibrated: bool = True
+    """The device's own measurements stand behind the prices."""
+    passes: Mapping[str, Pass] = field(default_factory=dict)
+    """Steps that the result is made of, the main one first."""
+    how: str = ""
+    """How the result follows from them."""
+    play: Callable[[int], Played] = field(kw_only=True)
+    """Runs one size event by event."""
+
+    @property
+    def n_points(self) -> int:
+        """Workload sizes held."""
+        return len(self.step_s)
+
+    @property
+    def fits(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """(n_points,) whether memory suffices."""
+        return np.asarray(self.memory_bytes["total"] <= self.memory_bytes["capacity"])
+
+    @property
+    def usd_per_mtok(self) -> FloatArray:
+        """(n_points,) price of a million tokens [USD]."""
+        usd_per_s = self.case.cluster.usd_per_gpu_hour * self.case.layout.n_ranks / 3600.0
+        return np.asarray(usd_per_s / self.tokens_per_s * 1e6)
+
+    def metric(self, name: str) -> FloatArray | None:
+        """A metric of a target or an objective, by the scenario's name for it."""
+        name = name.removesuffix("_p50")
+        match name:
+            case "ttft" | "tpot" | "step":
+                found = getattr(self, f"{name}_s")
+            case "tokens_per_s_per_gpu":
+                found = self.tokens_per_s / self.case.layout.n_ranks
+            case _:
+                found = getattr(self, name)
+        return None if found is None else np.asarray(found)
+
+    def why_not(self, point: int) -> str | None:
+        """Why a size does not fit; None where it does."""
+        need, have = (float(self.memory_bytes[key][point]) for key in ("total", "capacity"))
+        if need <= have:
+            return None
+        return f"needs {need / 1e9:.1f} GB of memory and the GPU has {have / 1e9:.1f} GB"
+
+    def row(self, point: int) -> dict[str, Any]:
+        """One size as plain values, named as `moesim run --json` prints them."""
+        timed = self.tpot_s if self.tpot_s is not None else self.step_s
+        time_s, width = float(timed[point]), float(self.band_fraction[point])
+        return {
+            "layout": layout_row(self.case.layout),
+            "cluster": cluster_row(self.case.cluster, self.case.layout),
+            "choice": {
+                "dispatch": self.case.dispatch if self.case.model.is_moe else None,
+                "overlap": self.case.overlap,
+                "capacity_factor": self.case.capacity_factor,
+            },
+            "workload": {name: _plain(values[point]) for name, values in self.workload.items()},
+            "feasible": bool(self.fits[point]),
+            "why_not": self.why_not(point),
+            "memory_bytes": {name: float(values[point]) for name, values in self.memory_bytes.items()},
+            "step_s": float(self.step_s[point]),
+            "tokens_per_s": float(self.tokens_per_s[point]),
+            "tokens_per_s_per_gpu": float(self.tokens_per_s[point]) / self.case.layout.n_ranks,
+            "ttft_s": _at(self.ttft_s, point),
+            "tpot_s": _at(self.tpot_s, point),
+            "mfu": float(self.mfu[point]),
+            "usd_per_mtok": float(self.usd_per_mtok[point]),
+            "breakdown_s": {name: float(values[point]) for name, values in self.category_s.items()},
+            "imbalance": _at(self.imbalance, point),
+            "dropped_fraction": _at(self.dropped_fraction, point),
+            "band": {
+                "of": "step_s" if self.tpot_s is None else "tpot_s",
+                "low": time_s * (1 - width),
+                "high": time_s * (1 + width),
+            },
+            "calibrated": self.calibrated,
+        }
+
+
+def layout_row(layout: Layout) -> dict[str, Any]:
+    """A layout as plain values."""
+    return {
+        "tp": layout.tp,
+        "dp": layout.dp,
+        "ep": layout.ep,
+        "etp": layout.etp,
+        "pp": layout.pp,
+        "redundant_experts": layout.redundant_experts,
+        "placement": layout.placement,
+    }
+
+
+def cluster_row(cluster: Cluster, layout: Layout) -> dict[str, Any]:
+    """A cluster as plain values."""
+    return {
+        "gpu": cluster.gpu.name,
+        "nodes": cluster.nodes,
+        "n_gpus": layout.n_ranks,
+        "usd_per_gpu_hour": cluster.usd_per_gpu_hour,
+    }
+
+
+def _at(values: FloatArray | None, point: int) -> float | None:
+    return None if values is None else float(values[point])
+
+
+def _plain(value: Any) -> Any:
+    number = float(value)
+    return int(number) if number == int(number) else number
+
+
+_counted = lru_cache(maxsize=16)(count_parameters)
+
+
+def model_flops(model: ModelSpec, n_tokens: FloatArray, context: FloatArray) -> FloatArray:
+    """FLOPs that a forward pass over `n_tokens` needs, each attending to `context` tokens in the mean.
+
+    Two per active weight, the embedding's look-up left out, and four per attended token and head value (two
+    products), as in PaLM's appendix B (arXiv:2204.02311).
+    """
+    counted = _counted(model)
+    embedding = 0 if model.tied_embeddings else counted.embedding
+    per_token = 2.0 * (counted.active - embedding) * np.ones_like(n_tokens)
+    for layer, n_layers in model.layer_groups.items():
+        attention = layer.attention
+        seen = np.minimum(context, attention.window) if attention.window else context
+        if attention.kind in ("gqa", "mla"):
+            per_token = per_token + n_layers * 2.0 * seen * attention.n_heads * (
+                attention.head_dim + attention.v_head_dim
+            )
+    return np.asarray(n_tokens * per_token)

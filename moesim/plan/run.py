@@ -1,0 +1,151 @@
+"""Run one layout: price it, then play it event by event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moesim.engine import Timeline
+from moesim.errors import LayoutError
+from moesim.hardware.cluster import Cluster
+from moesim.plan.context import Choice, Context
+from moesim.plan.outcome import Outcome
+from moesim.plan.planner import outcome_of
+from moesim.plan.space import Refused, choices_of, facts_of
+from moesim.scenario.layout import check_layout
+from moesim.scenario.schema import Scenario
+from moesim.work.case import Layout
+
+__all__ = ["Run", "price_one", "run", "simulated"]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One layout at one size."""
+
+    context: Context
+    cluster: Cluster
+    layout: Layout
+    choice: Choice
+    outcome: Outcome | None
+    """None where it does not fit in memory."""
+    row: dict[str, Any]
+    """As `moesim run --json` prints it."""
+    timelines: tuple[Timeline, ...]
+    """One micro-batch in each pipeline stage; of training, the pipeline itself."""
+
+
+def run(scenario: Scenario) -> Run:
+    """Price and simulate the one layout of a scenario.
+
+    Raises
+    ------
+    MoesimError
+        If a key has several values, the layout does not divide, or a name is unknown.
+    """
+    one = _priced(scenario)
+    if isinstance(one.outcome, Refused):
+        return Run(one.context, one.cluster, one.layout, one.choice, None, _refused_row(one.outcome), ())
+    row, timelines = simulated(one.outcome, 0)
+    return Run(one.context, one.cluster, one.layout, one.choice, one.outcome, row, timelines)
+
+
+def price_one(scenario: Scenario) -> Outcome:
+    """Price the one layout of a scenario, with no simulation.
+
+    Raises
+    ------
+    MoesimError
+        As `run`, and where it does not fit in memory.
+    """
+    one = _priced(scenario)
+    if isinstance(one.outcome, Refused):
+        raise LayoutError(one.outcome.reason, fix="more GPUs, a smaller batch, or a narrower format")
+    return one.outcome
+
+
+@dataclass(frozen=True, eq=False)
+class _Priced:
+    context: Context
+    cluster: Cluster
+    layout: Layout
+    choice: Choice
+    outcome: Outcome | Refused
+
+
+def _priced(scenario: Scenario) -> _Priced:
+    scenario = scenario.single()
+    context = Context.of(scenario)
+    (cluster,) = scenario.cluster.clusters()
+    layout = layout_of(scenario, context, cluster)
+    (choice,) = choices_of(scenario.policy, plan=False, exchanges=True)
+    return _Priced(context, cluster, layout, choice, outcome_of(scenario, context, cluster, layout, choice))
+
+
+def layout_of(scenario: Scenario, context: Context, cluster: Cluster) -> Layout:
+    """The layout of a run, with defaults filled in and checked.
+
+    Raises
+    ------
+    LayoutError
+        If it does not divide.
+    """
+    facts = facts_of(context.model)
+    sizes = scenario.layout.sizes(cluster.n_gpus, facts.n_experts)
+    if (
+        facts.n_experts
+        and scenario.layout.etp is None
+        and scenario.layout.ep is not None
+        and sizes.ep < sizes.tp
+    ):
+        sizes = replace(sizes, etp=max(1, sizes.tp // sizes.ep))
+    check_layout(sizes, facts, cluster.n_gpus)
+    if facts.n_experts and (sizes.ep * sizes.etp) % sizes.tp:
+        raise LayoutError(
+            f"ep x etp = {sizes.ep * sizes.etp} ranks hold the experts of tp = {sizes.tp} ranks' tokens",
+            value=f"ep={sizes.ep} etp={sizes.etp}",
+            fix=f"try ep={sizes.tp} or etp={sizes.tp}",
+        )
+    return Layout(**vars(sizes))
+
+
+def simulated(outcome: Outcome, point: int) -> tuple[dict[str, Any], tuple[Timeline, ...]]:
+    """A size of an outcome as a row, with the engine's time and breakdown in it, and the timelines."""
+    row = outcome.row(point)
+    played = outcome.play(point)
+    row["engine"] = {
+        "step_s": played.step_s,
+        "difference": played.step_s / float(outcome.step_s[point]) - 1.0,
+    }
+    row["breakdown_s"] = played.breakdown_s
+    return row, played.timelines
+
+
+def _refused_row(refused: Refused) -> dict[str, Any]:
+    empty = dict.fromkeys(
+        (
+            "step_s",
+            "tokens_per_s",
+            "tokens_per_s_per_gpu",
+            "ttft_s",
+            "tpot_s",
+            "mfu",
+            "usd_per_mtok",
+            "imbalance",
+        )
+    )
+    return {
+        "layout": refused.layout,
+        "cluster": refused.cluster,
+        "choice": None,
+        "workload": None,
+        "feasible": False,
+        "why_not": refused.reason,
+        "memory_bytes": refused.memory_bytes,
+        **empty,
+        "breakdown_s": None,
+        "dropped_fraction": None,
+        "band": {"low": None, "high": None},
+        "calibrated": None,
+        "engine": None,
+    }

@@ -1,0 +1,220 @@
+"""From a workload to an outcome: prefill, decode, serving and training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from moesim.hardware.cluster import Cluster
+from moesim.metrics.band import relative_band
+from moesim.plan.context import Choice, Context
+from moesim.plan.outcome import Outcome, model_flops
+from moesim.plan.steps import Pass, run_pass
+from moesim.work.case import Case, Layout
+from moesim.work.memory import inference_memory
+from moesim.work.ops import FloatArray, Pause
+from moesim.work.step import Batch
+
+__all__ = ["Sizes", "decode_outcome", "memory_of", "prefill_outcome", "serve_outcome"]
+
+Sizes = Mapping[str, FloatArray]
+
+
+def memory_of(kind: str, case: Case, sizes: Sizes) -> dict[str, FloatArray]:
+    """Memory of the fullest rank at each size, by item [bytes]: cheap, so it is asked first."""
+    if kind == "decode":
+        sequences, tokens = _axes(sizes, "batch_per_rank", "context")
+        return inference_memory(case, sequences, tokens, sequences)
+    if kind == "prefill":
+        tokens, prompt = _axes(sizes, "tokens_per_rank", "prompt")
+        return inference_memory(case, np.ceil(tokens / prompt), prompt, tokens)
+    prompt, answer, sequences = _axes(sizes, "input", "output", "batch_per_rank")
+    chunk = np.minimum(sizes.get("chunk", prompt), prompt)
+    return inference_memory(case, sequences, prompt + answer, np.maximum(chunk, sequences))
+
+
+def decode_outcome(
+    context: Context, cluster: Cluster, layout: Layout, choice: Choice, sizes: Sizes
+) -> Outcome:
+    """Generation alone; sizes ``batch_per_rank`` and ``context``, (n_points,) each."""
+    case = context.case(cluster, layout, choice, "decode")
+    sequences, tokens = _axes(sizes, "batch_per_rank", "context")
+    one = run_pass(context, case, Batch.of("decode", sequences, 1, tokens))
+    n_tokens = sequences * layout.dp
+    flops = model_flops(context.model, n_tokens, tokens)
+    return Outcome(
+        case,
+        dict(sizes),
+        memory_of("decode", case, sizes),
+        step_s=one.period_s,
+        tokens_per_s=n_tokens / one.period_s,
+        mfu=_mfu(case, flops, one.period_s),
+        band_fraction=_band(one, one.period_s),
+        tpot_s=one.period_s,
+        imbalance=one.rank_imbalance,
+        dropped_fraction=one.dropped_fraction,
+        category_s=one.category_s(),
+        calibrated=_calibrated(one),
+        passes={"decode": one},
+        how="tpot = step = one decode pass of every sequence",
+        play=one.play,
+    )
+
+
+def prefill_outcome(
+    context: Context, cluster: Cluster, layout: Layout, choice: Choice, sizes: Sizes
+) -> Outcome:
+    """Prompts alone; sizes ``tokens_per_rank`` and ``prompt``, (n_points,) each."""
+    case = context.case(cluster, layout, choice, "prefill")
+    tokens, prompt = _axes(sizes, "tokens_per_rank", "prompt")
+    one = run_pass(context, case, _prompts(tokens, prompt))
+    n_tokens = tokens * layout.dp
+    flops = model_flops(context.model, n_tokens, prompt / 2)
+    return Outcome(
+        case,
+        dict(sizes),
+        memory_of("prefill", case, sizes),
+        step_s=one.latency_s,
+        tokens_per_s=n_tokens / one.period_s,
+        mfu=_mfu(case, flops, one.period_s),
+        band_fraction=_band(one, one.latency_s),
+        ttft_s=one.latency_s,
+        imbalance=one.rank_imbalance,
+        dropped_fraction=one.dropped_fraction,
+        category_s=one.category_s(),
+        calibrated=_calibrated(one),
+        passes={"prefill": one},
+        how="ttft = step = one prefill pass; tokens per second from the time between passes",
+        play=one.play,
+    )
+
+
+def serve_outcome(
+    context: Context, cluster: Cluster, layout: Layout, choice: Choice, sizes: Sizes
+) -> Outcome:
+    """Requests of one length, as many running as the batch holds, a new one for each that ends.
+
+    Sizes ``input``, ``output``, ``batch_per_rank`` and, where prompts are cut, ``chunk``.
+
+    Notes
+    -----
+    Steady state of a closed loop whose requests are out of step with one another. A replica that decodes
+    ``B = batch_per_rank`` sequences starts ``r = B / output`` prompts a step, one for each answer that ends,
+    ``g = max(1, r)`` of them together. Where the engine mixes prompts into its decode steps (TensorRT-LLM,
+    vLLM) a share ``f = r / g * input / chunk`` of the steps carries one chunk of each, and weights are read
+    once for both; SGLang stops decoding for them:
+
+        tpot = (1 - f) decode_s + f mixed_s          mixed, f at most 1
+        tpot = decode_s + f prefill_s                apart
+        ttft = request_s + prompt_token_s input + wait + input / chunk * (mixed_s or prefill_s)
+
+    The wait is half a token's time for the step in progress, and apart from that the queue for the prefill
+    (M/D/1 at the share of time spent in it). Replicas of one expert group prefill at the same time, as their
+    exchanges tie them together.
+    """
+    prompt, answer, sequences = _axes(sizes, "input", "output", "batch_per_rank")
+    chunk = np.minimum(sizes.get("chunk", prompt), prompt)
+    decode_case = context.case(cluster, layout, choice, "decode")
+    prefill_case = context.case(cluster, layout, choice, "prefill")
+    held = prompt + answer / 2
+    decode = run_pass(context, decode_case, Batch.of("decode", sequences, 1, held))
+    together = np.maximum(1.0, sequences / answer)
+    riding = sequences if context.backend.mixes_prefill else np.zeros_like(sequences)
+    prefill, rows = _prefill_once(context, prefill_case, prompt, chunk, together, riding, held)
+    chunk_s, n_chunks = prefill.latency_s[rows.of], prompt / chunk
+    decode_s = decode.period_s
+    share = sequences / answer / together
+    busy = np.minimum(share * n_chunks, 1.0)
+    host = context.pricer(decode_case, "decode").families(Pause("host", sequences))[0].values()
+    if context.backend.mixes_prefill:
+        tpot_s = decode_s + busy * (chunk_s - decode_s)
+        wait_s = tpot_s / 2
+    else:
+        tpot_s = decode_s + share * n_chunks * chunk_s
+        rho = np.minimum(share * n_chunks * chunk_s / tpot_s, 0.95)
+        wait_s = tpot_s / 2 + chunk_s * n_chunks * rho / (2 * (1 - rho))
+    asked_s = host.get("request_s", 0.0) + host.get("prompt_token_s", 0.0) * prompt
+    ttft_s = asked_s + wait_s + n_chunks * chunk_s
+    prefill_s = np.maximum(tpot_s - decode_s, 0.0)
+    request_s = ttft_s + np.maximum(answer - 1, 0) * tpot_s
+    tokens_per_s = sequences * layout.dp * answer / request_s
+    flops = model_flops(context.model, sequences * layout.dp, held)
+    flops = flops + sequences / answer * model_flops(context.model, prompt * layout.dp, prompt / 2)
+    parts = decode.category_s()
+    for name, seconds in prefill.category_s().items():
+        whole = np.broadcast_to(seconds, prefill.stage_s.shape[1:])[rows.of]
+        if context.backend.mixes_prefill:
+            whole = np.maximum(whole - parts.get(name, np.zeros(1)), 0.0)
+        parts[f"prefill {name}"] = whole * busy
+    band = np.hypot(
+        _band(decode, decode_s) * decode_s / tpot_s,
+        _band(prefill, prefill.latency_s)[rows.of] * prefill_s / tpot_s,
+    )
+    return Outcome(
+        decode_case,
+        dict(sizes),
+        memory_of("serve", decode_case, sizes),
+        step_s=decode_s,
+        tokens_per_s=tokens_per_s,
+        mfu=_mfu(decode_case, flops, tpot_s),
+        band_fraction=band,
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+        imbalance=decode.rank_imbalance,
+        dropped_fraction=decode.dropped_fraction,
+        category_s=parts,
+        calibrated=_calibrated(decode),
+        passes={"decode": decode, "prefill": prefill},
+        how=f"tpot = decode step and prompts {'mixed into it' if context.backend.mixes_prefill else 'run between steps'}",
+        play=decode.play,
+    )
+
+
+class _Rows:
+    """Distinct prefill steps among the points, so that each is priced once."""
+
+    def __init__(self, *axes: FloatArray) -> None:
+        stacked = np.stack(np.broadcast_arrays(*axes), axis=1)
+        self.steps, self.first, self.of = np.unique(stacked, axis=0, return_index=True, return_inverse=True)
+        self.of = self.of.reshape(-1)
+
+
+def _prefill_once(
+    context: Context,
+    case: Case,
+    prompt: FloatArray,
+    chunk: FloatArray,
+    together: FloatArray,
+    riding: FloatArray,
+    held: FloatArray,
+) -> tuple[Pass, _Rows]:
+    rows = _Rows(prompt, chunk, together, riding, np.where(riding > 0, held, 1.0))
+    whole, part, n_prompts, n_riding, context_length = rows.steps.T
+    # a chunk sees, in the mean, half of the prompt before it
+    seen = (whole + part) / 2
+    batch = Batch.of("prefill", n_prompts, part, seen, n_riding, context_length)
+    return run_pass(context, case, batch), rows
+
+
+def _prompts(tokens: FloatArray, prompt: FloatArray) -> Batch:
+    """Whole prompts; a piece of one where a step holds fewer tokens than a prompt has."""
+    query = np.minimum(tokens, prompt)
+    return Batch.of("prefill", tokens / query, query, query)
+
+
+def _axes(sizes: Sizes, *names: str) -> list[FloatArray]:
+    return [np.asarray(axis, dtype=float) for axis in np.broadcast_arrays(*(sizes[name] for name in names))]
+
+
+def _mfu(case: Case, flops: FloatArray, time_s: FloatArray) -> FloatArray:
+    peak = case.cluster.gpu.peak_flops_per_s(case.weight_dtype) * case.layout.n_ranks
+    return np.asarray(flops / (time_s * peak))
+
+
+def _calibrated(one: Pass) -> bool:
+    return one.timed.pricer.profile.carried_from is None
+
+
+def _band(one: Pass, total_s: FloatArray) -> FloatArray:
+    return relative_band(one.family_s().values(), total_s, carried=not _calibrated(one))
