@@ -64,7 +64,7 @@ def step_of(case: Case, batch: Batch, **context: str) -> Step:
     if case.model.is_moe:
         tokens = batch.n_tokens[:, 0, 0] / overlapped
         traffic = [made.traffic.traffic(case, batch.phase, [float(n) for n in tokens])] * overlapped
-    return forward_step(case, batch, traffic, whole(case))
+    return forward_step(case, batch, traffic, whole(case), with_host=batch.phase != "train")
 
 
 def op_flops(op: Op) -> np.ndarray | float:

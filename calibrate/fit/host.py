@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from calibrate.fit.common import FloatArray, ape_stats, write_fragment
-from calibrate.validate.serving import HOST_OF, predict, read_rows
+from calibrate.validate.serving import predict, read_rows
 from moesim.hardware.profile import CATALOG, load_profile
 
 DEVICES = ("h100-sxm", "h200-sxm")
@@ -24,6 +25,12 @@ DECODE_BOUND = 0.3
 """Largest predicted share of prefill in a token's time among the rows that fit the host's share of a step."""
 FEW_REQUESTS = 16
 """Largest concurrency among the rows that fit what a request costs: above it requests queue."""
+
+KERNEL_SPREAD = 0.1
+"""Standard deviation of the common factor by which one deployment's kernels may be mispriced (natural log): the
+held-out errors of the kernel families. Fitted beside the host's share and thrown away."""
+ROW_SPREAD = 0.05
+"""Standard deviation of one row about its deployment (natural log)."""
 
 MEANINGS = {
     "step_s": "scheduling, sampling and launch of a step that the device waits for [s]",
@@ -56,21 +63,18 @@ def _family(name: str, rows: pd.DataFrame, asked: pd.DataFrame) -> dict[str, Any
     """Fit one engine and hold out each of its models in turn."""
     bare = _without_host(rows)
     used = bare[bare.decode_s / bare.tpot_pred_s > 1 - DECODE_BOUND]
-    step = _fit(_step_residual, used, (1e-4, 1e-5), (2e-2, 5e-4))
+    step, step_error = _fit_step(used)
+    stats = ape_stats(_held_out(used), used.tpot_s)
     few = _without_host(asked[asked.concurrency <= FEW_REQUESTS])
-    request = _fit(_request_residual, few, (5e-2, 1e-5), (1.0, 1e-3))
-    predicted = pd.Series(dtype=float)
-    for model in used.model.unique():
-        held, rest = used[used.model == model], used[used.model != model]
-        found = _fit(_step_residual, rest, (1e-4, 1e-5), (2e-2, 5e-4)) if len(rest) else step
-        predicted = pd.concat([predicted, pd.Series(_tpot_s(held, found), index=held.index)])
-    stats = ape_stats(predicted.loc[used.index], used.tpot_s)
-    values = dict(zip(MEANINGS, (*step, *request), strict=True))
+    request, request_error = _fit(_request_residual, few, (5e-2, 1e-5), (1.0, 1e-3))
+    values = zip(MEANINGS, (*step, *request), (*step_error, *request_error), strict=True)
     return {
         "op": "host",
         "implementation": name,
         "dtype": "any",
-        "parameters": {key: {"value": value, "meaning": MEANINGS[key]} for key, value in values.items()},
+        "parameters": {
+            key: {"value": value, "stderr": error, "meaning": MEANINGS[key]} for key, value, error in values
+        },
         "provenance": {
             "kind": "fitted",
             "data": "AIConfigurator silicon database @095f58a51 (Apache-2.0): end-to-end serving of "
@@ -80,6 +84,16 @@ def _family(name: str, rows: pd.DataFrame, asked: pd.DataFrame) -> dict[str, Any
         },
         "held_out": {"split": "each model in turn (time per output token)", **stats},
     }
+
+
+def _held_out(rows: pd.DataFrame) -> FloatArray:
+    """Time per output token of each model's rows, fitted on the other models' [s]."""
+    predicted = pd.Series(np.nan, index=rows.index)
+    for model in rows.model.unique():
+        held, rest = rows[rows.model == model], rows[rows.model != model]
+        found, _ = _fit_step(rest)
+        predicted.loc[held.index] = _tpot_s(held, found)
+    return np.asarray(predicted.to_numpy(float))
 
 
 def _asynchronous(families: list[dict[str, Any]]) -> dict[str, Any]:
@@ -118,22 +132,68 @@ def _tpot_s(rows: pd.DataFrame, x: FloatArray) -> FloatArray:
     return np.asarray(rows.tpot_pred_s + x[0] + x[1] * rows.batch_per_rank, dtype=float)
 
 
-def _step_residual(x: FloatArray, rows: pd.DataFrame) -> FloatArray:
-    return np.log(_tpot_s(rows, x) / rows.tpot_s.to_numpy(float))
+def _fit_step(rows: pd.DataFrame) -> tuple[FloatArray, FloatArray]:
+    """Host's share of a step, with its standard error; a term within two errors of nothing is left out.
+
+    The less certain of two uncertain terms goes first, and the other is fitted again without it.
+    """
+    kept = np.array([True, True])
+    while True:
+        value, error = _fit_terms(rows, kept)
+        doubt = np.where(kept, 2 * error / np.maximum(value, 1e-12), 0.0)
+        if doubt.max() <= 1:
+            return value, error
+        kept[int(doubt.argmax())] = False
+
+
+def _fit_terms(rows: pd.DataFrame, kept: NDArray[np.bool_]) -> tuple[FloatArray, FloatArray]:
+    """Fit the terms kept of (`step_s`, `per_sequence_s`), and a factor for each deployment's kernels."""
+    deployments, of = np.unique([str(found) for found in rows["deployment"]], return_inverse=True)
+    bare, measured = rows.tpot_pred_s.to_numpy(float), rows.tpot_s.to_numpy(float)
+    per_unit = np.stack([np.full(len(rows), 1e-3), 1e-6 * rows.batch_per_rank.to_numpy(float)], axis=1)[
+        :, kept
+    ]
+    n_terms = int(kept.sum())
+
+    def residual(x: FloatArray) -> FloatArray:
+        predicted = bare * np.exp(x[n_terms:][of]) + per_unit @ x[:n_terms]
+        return np.concatenate([np.log(predicted / measured) / ROW_SPREAD, x[n_terms:] / KERNEL_SPREAD])
+
+    low = np.concatenate([np.zeros(n_terms), np.full(len(deployments), -np.inf)])
+    found = least_squares(
+        residual,
+        np.concatenate([np.ones(n_terms), np.zeros(len(deployments))]),
+        bounds=(low, np.inf),
+        loss="soft_l1",
+    )
+    error = np.sqrt(np.diag(np.linalg.pinv(found.jac.T @ found.jac)))
+    both = np.zeros((2, 2))
+    both[:, kept] = np.stack([found.x[:n_terms], error[:n_terms]])
+    return both[0] * [1e-3, 1e-6], both[1] * [1e-3, 1e-6]
 
 
 def _request_residual(x: FloatArray, rows: pd.DataFrame) -> FloatArray:
     predicted = rows.ttft_pred_s + x[0] + x[1] * rows.prompt
-    return np.log(predicted.to_numpy(float) / rows.ttft_s.to_numpy(float))
+    return np.asarray(np.log(predicted.to_numpy(float) / rows.ttft_s.to_numpy(float)))
 
 
 def _fit(
-    residual: Callable[..., FloatArray], rows: pd.DataFrame, start: tuple[float, float], top: tuple[float, float]
-) -> FloatArray:
+    residual: Callable[..., FloatArray],
+    rows: pd.DataFrame,
+    start: tuple[float, float],
+    top: tuple[float, float],
+) -> tuple[FloatArray, FloatArray]:
     found = least_squares(
         residual, start, bounds=([0.0, 0.0], top), args=(rows,), loss="soft_l1", f_scale=0.1, x_scale=start
     )
-    return np.asarray(np.where(found.x < 1e-9, 0.0, found.x))
+    return np.asarray(np.where(found.x < 1e-9, 0.0, found.x)), _stderr(found, rows)
+
+
+def _stderr(found: Any, rows: pd.DataFrame) -> FloatArray:
+    """Standard errors, rows of one deployment counted as one: they share what the kernels' prices get wrong."""
+    spread = 1.4826 * float(np.median(np.abs(found.fun)))
+    n_alike = len(rows) / rows["deployment"].nunique()
+    return np.asarray(np.sqrt(np.diag(np.linalg.pinv(found.jac.T @ found.jac)) * n_alike) * spread)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,10 @@ from moesim.plan.workloads import serve_outcome
 from moesim.routing import default_routing
 from moesim.work.case import Layout
 
-__all__ = ["Deployment", "Reading", "deployment_of", "evaluate", "main", "predict", "read_rows", "summary"]
+__all__ = [
+    "SPECULATIVE", "Deployment", "Reading", "cluster_of", "context_of", "deployment_of", "main", "outcome_of",
+    "predict", "read_rows", "report", "summary",
+]  # fmt: skip
 
 MODELS = {
     "Qwen/Qwen3-235B-A22B-FP8": "qwen3-235b-a22b",
@@ -43,11 +44,12 @@ MODELS = {
 BLOCK_SCALED = ("DeepSeek", "235B", "397B")
 """Checkpoints whose "fp8" has a scale per 128 x 128 block (their config.json: weight_block_size [128, 128])."""
 
-HOST_OF = {"sglang": "sglang", "trtllm": "trtllm", "vllm": "vllm"}
-"""Family of the host's share of a step, by engine."""
-
 ASYNCHRONOUS_VLLM = (0, 14)
 """vLLM release from which steps are scheduled while the one before runs, by default."""
+
+SPECULATIVE = "read as run with multi-token prediction, which is not simulated"
+"""Note on the DeepSeek-R1 rows of TensorRT-LLM measured on 2026-01-14: the same engine release, layout, lengths
+and concurrency took 19.4 ms a token that day and 32.2 ms two weeks later; V3, of equal shape, 32.1 ms."""
 
 RANDOM_LENGTHS = 0.9
 """Mean over nominal length in InferenceMAX: its client draws lengths evenly from 0.8 to 1.0 of the nominal
@@ -87,7 +89,9 @@ class Reading:
     """Mean over nominal length of prompts and answers."""
 
 
-def read_rows(data: Path, *, systems: Iterable[str] = ("h100-sxm", "h200-sxm"), mode: str = "agg") -> pd.DataFrame:
+def read_rows(
+    data: Path, *, systems: Iterable[str] = ("h100-sxm", "h200-sxm"), mode: str = "agg"
+) -> pd.DataFrame:
     """Rows of the measured table on some GPUs."""
     table = pd.read_csv(data / "measured" / "serving.csv")
     wanted = table.system.isin(list(systems)) & (table["mode"] == mode)
@@ -117,13 +121,19 @@ def deployment_of(row: Mapping[str, Any]) -> Reading:
             return Reading(None, skip=f"tp {tp} x dp {dp} is not moe_tp {moe_tp} x moe_ep {moe_ep}")
         dp = moe_tp * moe_ep // tp
         notes.append("attention dp, left out, read as moe_tp x moe_ep / tp")
+    if name == "deepseek-v3" and row["backend"] == "trtllm" and row.get("measured_on") == "2026-01-14":
+        notes.append(SPECULATIVE)
     layout = Layout(tp=tp, dp=dp, ep=moe_ep if is_moe else 1, etp=moe_tp if is_moe else 1)
-    weights, experts = _formats(row, is_moe)
+    weights, experts = _formats(row)
     scale = RANDOM_LENGTHS if pd.notna(row["attention_dp_size"]) and int(row["isl"]) in (1024, 8192) else 1.0
     kv = "fp8" if row["backend"] == "trtllm" and weights != "bfloat16" else "bfloat16"
-    found = Deployment(name, str(row["system"]), str(row["backend"]), weights, experts, kv, layout, _host(row))
+    found = Deployment(
+        name, str(row["system"]), str(row["backend"]), weights, experts, kv, layout, _host(row)
+    )
     if pd.isna(row["concurrency"]):
-        return Reading(None, tuple(notes), skip="no concurrency")
+        if pd.isna(row["batch_size"]):
+            return Reading(None, tuple(notes), skip="neither concurrency nor batch size")
+        notes.append("concurrency, left out, read as batch_size x dp")
     return Reading(found, tuple(notes), length_scale=scale)
 
 
@@ -133,14 +143,14 @@ def _whole(row: Mapping[str, Any], name: str) -> int:
 
 def _host(row: Mapping[str, Any]) -> str:
     if row["backend"] != "vllm":
-        return HOST_OF[str(row["backend"])]
+        return str(row["backend"])
     release = str(row["backend_version"]).split(".")
     known = len(release) > 1 and release[0].isdigit() and release[1].isdigit()
     late = known and (int(release[0]), int(release[1])) >= ASYNCHRONOUS_VLLM
     return "vllm" if late else "vllm-sync"
 
 
-def _formats(row: Mapping[str, Any], is_moe: bool) -> tuple[str, str]:
+def _formats(row: Mapping[str, Any]) -> tuple[str, str]:
     precision = row["precision"]
     if pd.isna(precision):
         return "bfloat16", "bfloat16"
@@ -149,7 +159,7 @@ def _formats(row: Mapping[str, Any], is_moe: bool) -> tuple[str, str]:
         return "bfloat16", "w4a16_mxfp4"
     block = any(key in str(row["model"]) for key in BLOCK_SCALED) or row["gemm_quant_mode"] == "fp8_block"
     found = "fp8_block" if block else "fp8"
-    return found, found if is_moe else found
+    return found, found
 
 
 def context_of(deployment: Deployment) -> Context:
@@ -183,6 +193,8 @@ def predict(rows: pd.DataFrame) -> pd.DataFrame:
         concurrency / found.layout.dp if found else np.nan
         for concurrency, found in zip(table.concurrency, table["deployment"], strict=True)
     ]
+    alone = table["batch_per_rank"].isna() & (table["skip"] == "")
+    table.loc[alone, "batch_per_rank"] = table.loc[alone, "batch_size"]
     table["prompt"] = np.rint(table.isl * table["scale"])
     table["answer"] = np.rint(table.osl * table["scale"])
     for name in ("tpot_pred_s", "ttft_pred_s", "decode_s"):
@@ -205,3 +217,95 @@ def outcome_of(deployment: Deployment, part: pd.DataFrame, context: Context | No
     return serve_outcome(
         context or context_of(deployment), cluster_of(deployment), deployment.layout, Choice(), sizes
     )
+
+
+def summary(table: pd.DataFrame, by: Iterable[str] = ("model", "system", "backend")) -> list[dict[str, Any]]:
+    """Errors of the rows read, by group: TPOT and TTFT."""
+    read = table[table["skip"] == ""]
+    return [
+        dict(zip(by, keys, strict=True)) | _errors(part)
+        for keys, part in read.groupby(list(by), sort=True, dropna=False)
+    ]
+
+
+def _errors(part: pd.DataFrame) -> dict[str, Any]:
+    found: dict[str, Any] = {"n": len(part)}
+    if part.empty:
+        return found
+    for name in ("tpot", "ttft"):
+        predicted, measured = part[f"{name}_pred_s"].to_numpy(float), part[f"{name}_s"].to_numpy(float)
+        stats = ape_stats(predicted, measured)
+        found[name] = {key: stats[key] for key in ("median_ape", "p90_ape", "bias")}
+        found[name]["mean_ape"] = float(np.mean(np.abs(predicted / measured - 1)))
+    return found
+
+
+def report(table: pd.DataFrame) -> dict[str, Any]:
+    """Everything that is printed, as plain values."""
+    read = table[table["skip"] == ""]
+    moe = read[read["is_moe"]]
+    plain = moe[~moe["notes"].str.contains(SPECULATIVE, regex=False)]
+    notes = read["notes"].str.split("; ").explode()
+    return {
+        "groups": summary(table),
+        "moe": _errors(moe),
+        "moe_without_speculative": _errors(plain),
+        "dense": _errors(read[~read["is_moe"]]),
+        "skipped": table[table["skip"] != ""]["skip"].value_counts().to_dict(),
+        "notes": notes[notes != ""].value_counts().to_dict(),
+        "rows": [
+            {
+                "id": row["id"],
+                **{key: row[key] for key in ("model", "system", "backend")},
+                **{key: float(row[key]) for key in ("isl", "osl", "concurrency")},
+                **{key: float(row[key]) for key in ("tpot_s", "tpot_pred_s", "ttft_s", "ttft_pred_s")},
+            }
+            for row in read.to_dict("records")
+        ],
+    }
+
+
+def _print(found: Mapping[str, Any]) -> None:
+    head = f"{'model':34}{'system':10}{'engine':8}{'n':>5}"
+    print(head + "".join(f"{name + ' ' + kind:>13}" for name in ("TPOT", "TTFT") for kind in _KINDS))
+    for group in found["groups"]:
+        print(f"{group['model']:34}{group['system']:10}{group['backend']:8}" + _figures(group))
+    for name in ("moe", "moe_without_speculative", "dense"):
+        if found[name]["n"]:
+            print(f"{'all ' + name.replace('_', ' '):52}" + _figures(found[name]))
+    for kind in ("skipped", "notes"):
+        for reason, n in found[kind].items():
+            print(f"{kind}: {n} rows: {reason}")
+
+
+_KINDS = {"median": "median_ape", "mean": "mean_ape", "p90": "p90_ape", "bias": "bias"}
+
+
+def _figures(group: Mapping[str, Any]) -> str:
+    return f"{group['n']:5d}" + "".join(
+        f"{group[name][key]:13.1%}" for name in ("tpot", "ttft") for key in _KINDS.values()
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the tables of measured serving rows and of published figures."""
+    from calibrate.validate.published import published, published_table
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "data", type=Path, help="folder that holds measured/serving.csv and published_facts.csv"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    found = report(predict(read_rows(options.data)))
+    facts = published(options.data)
+    if options.json:
+        print(json.dumps({**found, "published": [vars(fact) for fact in facts]}, indent=1))
+        return 0
+    _print(found)
+    print(published_table(facts))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -26,6 +27,8 @@ trace_app = typer.Typer(
     help="Look at routing traces and bring them in.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(trace_app, name="trace")
+
+T = TypeVar("T")
 
 Set = Annotated[
     list[str] | None,
@@ -52,12 +55,12 @@ def plan(
     from moesim.plan import plan as search
     from moesim.plan import plan_answer
 
+    page = _page(report, "moesim-plan.html", quiet=json)
     file = load_scenario(scenario or DEFAULT_SCENARIO, set_ or ())
     with show.bar("pricing layouts", quiet=json) as progress:
-        found = search(file.scenario, progress=progress)
+        found = _located(file, lambda: search(file.scenario, progress=progress))
     with show.bar("running the best event by event", quiet=json) as progress:
         answer = plan_answer(found, n_engine=engine, progress=progress)
-    page = _page(report, "moesim-plan.html", quiet=json)
     if page is not None:
         from moesim.report import write_plan_report
 
@@ -85,6 +88,8 @@ def run(
     from moesim.plan import run as simulate
     from moesim.plan import run_answer
 
+    page = _page(report, None, quiet=json)
+    timeline = _writable(timeline, "--timeline")
     file = load_scenario(scenario, set_ or ())
     single = file.single()
     found = _located(file, lambda: simulate(single))
@@ -93,7 +98,6 @@ def run(
         from moesim.metrics import write_perfetto
 
         result["timeline"] = str(write_perfetto(found.timelines[0], timeline))
-    page = _page(report, None, quiet=json)
     if page is not None and found.outcome is not None:
         from moesim.report import write_run_report
 
@@ -179,22 +183,38 @@ def trace_import(
 def _page(wanted: str | None, default: str | None, *, quiet: bool) -> Path | None:
     if wanted == "none" or (wanted is None and (quiet or default is None)):
         return None
-    page = Path(wanted or default or "")
-    if not page.resolve().parent.is_dir():
-        raise ScenarioError(
-            "its folder does not exist", value=str(page), place="--report", fix="make the folder"
-        )
-    return page
+    return _writable(Path(wanted or default or ""), "--report")
 
 
-def _located(file: ScenarioFile, work: Any) -> Any:
-    """Run something of a scenario; an error without a place gets the scenario's layout or model."""
+def _writable(path: Path | None, place: str) -> Path | None:
+    """Refuse a file that cannot be written, before any work is done for it."""
+    if path is None:
+        return None
+    if path.is_dir():
+        raise ScenarioError("is a folder", value=str(path), place=place, fix="add the name of a file")
+    if not path.resolve().parent.is_dir():
+        raise ScenarioError("its folder does not exist", value=str(path), place=place, fix="make the folder")
+    return path
+
+
+_KEYS = {
+    "HardwareError": "cluster",
+    "LayoutError": "layout",
+    "ModelError": "model",
+    "ProfileError": "dtype",
+    "TraceError": "routing.trace",
+}
+"""Key of a scenario that each kind of error is about."""
+
+
+def _located(file: ScenarioFile, work: Callable[[], T]) -> T:
+    """Run something of a scenario; an error without a place, or with only a key, gets the file's."""
     try:
         return work()
     except MoesimError as error:
-        key = {"LayoutError": "layout", "TraceError": "routing", "ModelError": "model"}.get(
-            type(error).__name__
-        )
+        key = _KEYS.get(type(error).__name__)
+        if error.place is not None and error.place == key:
+            raise error.at(file.place(key)) from None
         raise (file.located(error, key) if key else error) from None
 
 
@@ -215,6 +235,7 @@ def main() -> None:
         sys.exit(2)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors: an unknown option, a missing argument
-            sys.stderr.write(f"moesim: {error.format_message()} Try --help.\n")
+            said = " ".join(str(error.format_message()).split()).rstrip(".")
+            sys.stderr.write(f"moesim: {said}; fix: see moesim --help\n")
             sys.exit(2)
         raise

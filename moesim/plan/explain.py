@@ -52,7 +52,9 @@ def explain(outcome: Outcome, point: int = 0) -> dict[str, Any]:
         If the workload is one whose steps are not kept.
     """
     if not outcome.passes:
-        raise ScenarioError("no steps are kept of this workload")
+        raise ScenarioError(
+            "has no terms to explain yet", value=",".join(outcome.workload), fix="use moesim run"
+        )
     families: dict[str, Any] = {}
     passes = []
     for name, one in outcome.passes.items():

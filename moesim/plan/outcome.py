@@ -5,33 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from moesim.engine import Timeline
 from moesim.hardware.cluster import Cluster
 from moesim.model.params import count_parameters
 from moesim.model.spec import ModelSpec
+from moesim.plan.played import Played
+from moesim.plan.steps import Pass
 from moesim.work.case import Case, Layout
 from moesim.work.ops import FloatArray
 
-if TYPE_CHECKING:
-    from moesim.plan.steps import Pass
-
-__all__ = ["Outcome", "Played", "model_flops"]
-
-
-@dataclass(frozen=True, eq=False)
-class Played:
-    """One size, event by event."""
-
-    step_s: float
-    """Time of a step, links shared."""
-    breakdown_s: dict[str, float]
-    """Where it goes, on the critical rank; the parts add up."""
-    timelines: tuple[Timeline, ...]
-    """One micro-batch in each pipeline stage; of training, the pipeline itself."""
+__all__ = ["Outcome", "model_flops"]
 
 
 @dataclass(frozen=True, eq=False)

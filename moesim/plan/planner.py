@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moesim.errors import LayoutError
 from moesim.hardware.cluster import Cluster
 from moesim.plan.context import Choice, Context
 from moesim.plan.outcome import Outcome, cluster_row, layout_row
@@ -25,8 +26,8 @@ from moesim.work.ops import FloatArray
 
 __all__ = ["Plan", "Ranked", "outcome_of", "plan", "sizes_of"]
 
-PLAN_DRAWN_TOKENS = 4096
-"""Tokens drawn per expert group while planning; the best layouts are run again on twice as many."""
+PLAN_DRAWN_TOKENS = 2048
+"""Tokens drawn per expert group while planning; a run draws four times as many."""
 
 
 KEPT = 10
@@ -133,17 +134,24 @@ class _Search:
         """Price one layout and choice, unless a bound shows that it cannot come near the top."""
         key = (id(cluster), layout, choice.dispatch)
         if choice.overlap != "none" and key in self._serial and self._hopeless(self._serial[key]):
-            outcome = self._serial[key]
             self.refused.append(
                 _refused(
-                    outcome,
+                    self._serial[key],
                     0,
                     "dominated",
                     "two-batch overlap cannot lift it among the best: its bound is worse",
                 )
             )
             return
-        outcome = outcome_of(self.scenario, self.context, cluster, layout, choice)
+        try:
+            outcome = outcome_of(self.scenario, self.context, cluster, layout, choice)
+        except LayoutError as error:  # a batch that does not divide over the replicas
+            outcome = Refused(
+                layout_row(layout),
+                "divisibility",
+                f"{error.rule}{f'; fix: {error.fix}' if error.fix else ''}",
+                cluster=cluster_row(cluster, layout),
+            )
         if isinstance(outcome, Refused):
             self.refused.append(outcome)
             return

@@ -11,8 +11,7 @@ from moesim.hardware.cluster import Cluster
 from moesim.plan.context import Choice, Context
 from moesim.plan.outcome import Outcome
 from moesim.plan.planner import outcome_of
-from moesim.plan.space import Refused, choices_of, facts_of
-from moesim.scenario.layout import check_layout
+from moesim.plan.space import Refused, check_sizes, choices_of, facts_of
 from moesim.scenario.schema import Scenario
 from moesim.work.case import Layout
 
@@ -96,16 +95,10 @@ def layout_of(scenario: Scenario, context: Context, cluster: Cluster) -> Layout:
         facts.n_experts
         and scenario.layout.etp is None
         and scenario.layout.ep is not None
-        and sizes.ep < sizes.tp
+        and sizes.tp % sizes.ep == 0
     ):
-        sizes = replace(sizes, etp=max(1, sizes.tp // sizes.ep))
-    check_layout(sizes, facts, cluster.n_gpus)
-    if facts.n_experts and (sizes.ep * sizes.etp) % sizes.tp:
-        raise LayoutError(
-            f"ep x etp = {sizes.ep * sizes.etp} ranks hold the experts of tp = {sizes.tp} ranks' tokens",
-            value=f"ep={sizes.ep} etp={sizes.etp}",
-            fix=f"try ep={sizes.tp} or etp={sizes.tp}",
-        )
+        sizes = replace(sizes, etp=sizes.tp // sizes.ep)
+    check_sizes(sizes, facts, cluster.n_gpus)
     return Layout(**vars(sizes))
 
 

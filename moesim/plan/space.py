@@ -16,7 +16,7 @@ from moesim.scenario.layout import LayoutSizes, ModelFacts, check_layout
 from moesim.scenario.schema import LayoutChoice, Policy
 from moesim.work.case import Layout
 
-__all__ = ["Refused", "Space", "enumerate_layouts", "facts_of"]
+__all__ = ["Refused", "Space", "check_sizes", "choices_of", "enumerate_layouts", "facts_of"]
 
 MOST_SHARDS = 8
 """Largest `etp` and `tp` tried unasked: past a node's NVLink domain every layer's sums cross the network."""
@@ -98,8 +98,7 @@ def enumerate_layouts(
     refused: list[Refused] = []
     for sizes in _candidates(facts, cluster, choice, train):
         try:
-            check_layout(sizes, facts, cluster.n_gpus)
-            _check_group(sizes, facts)
+            check_sizes(sizes, facts, cluster.n_gpus)
             kept[Layout(**vars(sizes))] = None
         except LayoutError as error:
             fix = f"; fix: {error.fix}" if error.fix else ""
@@ -107,12 +106,20 @@ def enumerate_layouts(
     return Space(tuple(kept), tuple(refused))
 
 
-def _check_group(sizes: LayoutSizes, facts: ModelFacts) -> None:
+def check_sizes(sizes: LayoutSizes, facts: ModelFacts, n_gpus: int) -> None:
+    """Refuse a layout that does not divide, or whose expert groups are no whole attention replicas.
+
+    Raises
+    ------
+    LayoutError
+        With the first rule broken, and a value that keeps it.
+    """
+    check_layout(sizes, facts, n_gpus)
     if facts.n_experts and (sizes.ep * sizes.etp) % sizes.tp:
         raise LayoutError(
             f"ep x etp = {sizes.ep * sizes.etp} ranks hold the experts of tp = {sizes.tp} ranks' tokens",
             value=f"ep={sizes.ep} etp={sizes.etp}",
-            fix=f"try ep={sizes.tp} or etp={sizes.tp}",
+            fix=f"try ep={sizes.tp} etp=1, or ep=1 etp={sizes.tp}",
         )
 
 

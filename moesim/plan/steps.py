@@ -13,7 +13,7 @@ from moesim.engine.unroll import TimedStep, time_step
 from moesim.hardware.profile import Family
 from moesim.metrics import breakdown_s
 from moesim.plan.context import Context
-from moesim.plan.outcome import Played
+from moesim.plan.played import Played
 from moesim.work.case import Case, Stage
 from moesim.work.ffn import ExpertTraffic
 from moesim.work.forward import forward_step
@@ -174,9 +174,8 @@ def _micro_batches(case: Case, batch: Batch) -> tuple[Batch, FloatArray]:
     if case.layout.pp == 1 or batch.phase == "train":
         return batch, np.ones(batch.n_points)
     n_micro = np.clip(sequences, 1, case.layout.pp)
-    return Batch(
-        batch.phase, batch.n_sequences / n_micro[:, None, None], batch.n_query, batch.n_context
-    ), n_micro
+    parts = n_micro[:, None, None]
+    return replace(batch, n_sequences=batch.n_sequences / parts, n_riding=batch.n_riding / parts), n_micro
 
 
 def _hop_s(case: Case, batch: Batch, pricer: Pricer) -> FloatArray:

@@ -14,7 +14,8 @@ from moesim.hardware.profile import Family
 from moesim.metrics import breakdown_s
 from moesim.metrics.band import relative_band
 from moesim.plan.context import Choice, Context
-from moesim.plan.outcome import Outcome, Played, model_flops
+from moesim.plan.outcome import Outcome, model_flops
+from moesim.plan.played import Played
 from moesim.plan.steps import Pass, run_pass
 from moesim.plan.workloads import Sizes
 from moesim.work.case import Case, Layout
@@ -145,6 +146,8 @@ def train_outcome(
         dropped_fraction=run.forward.dropped_fraction,
         category_s=run.category_s(),
         calibrated=calibrated,
+        passes={"forward": run.forward, "backward": run.backward},
+        how="step = 1F1B pipeline of both passes, then gradients, optimiser and weights",
         play=run.play,
     )
 

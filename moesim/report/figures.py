@@ -21,6 +21,7 @@ from moesim.report.text import (
     parts_of,
     share,
     size_name,
+    step_parts,
     total_and_capacity,
     usd,
 )
@@ -242,8 +243,8 @@ def _draw_target(layout: dict[str, Any], targets: Record | None, key: str) -> No
 
 def time_bars(rows: Sequence[Record]) -> Figure | None:
     """Where a step's time goes in each of some rows; None where no row has a breakdown."""
-    shown = [row for row in rows if parts_of(row, "breakdown_s")]
-    kinds = _kinds([parts_of(row, "breakdown_s") for row in shown])
+    shown = [{**row, "breakdown_s": step_parts(row)} for row in rows if step_parts(row)]
+    kinds = _kinds([step_parts(row) for row in shown])
     figure = _bars(shown, kinds, "breakdown_s", MS, "time [ms]", format_seconds)
     if figure is not None and any(number(row, "step_s") is not None for row in shown):
         figure["data"].append(
@@ -301,7 +302,13 @@ def _bar(
     name = escape(palette.label(kind))
     marker: dict[str, Any] = {"color": palette.color(kind), "line": {"width": 0.5, "color": "#ffffff"}}
     if palette.is_exposed(kind):
-        marker["pattern"] = {"shape": "/", "size": 6, "solidity": 0.25, "fgcolor": "#ffffff"}
+        marker["pattern"] = {
+            "shape": "/",
+            "size": 6,
+            "solidity": 0.25,
+            "fgcolor": "#ffffff",
+            "fillmode": "overlay",
+        }
     return {
         "type": "bar",
         "orientation": "h",

@@ -15,11 +15,11 @@ from moesim.report.text import (
     layout_name,
     number,
     objective_words,
-    parts_of,
     plural,
     seconds,
     share,
     size_name,
+    step_parts,
     targets_text,
     total_and_capacity,
     usd,
@@ -79,7 +79,7 @@ def _no_answer(plan: Record, wanted: str) -> str:
     total = sum(size for _, size, _ in groups)
     why = KINDS[kind][0] if kind in KINDS else kind
     example = f" ({examples[0][1]})" if examples[0][1] else ""
-    return f"{said}. Most often, for {n:,} of {plural(total, 'point')}, the layout {why}{example}."
+    return f"{said}. Most often, for {n:,} of {plural(total, 'candidate')}, the layout {why}{example}."
 
 
 def near_misses(plan: Record) -> str:
@@ -131,7 +131,7 @@ def _round(value: float) -> float:
 
 def limits(row: Record) -> str:
     """What takes most of a step, how much of it is communication and waiting, and how full memory is."""
-    parts = parts_of(row, "breakdown_s")
+    parts = step_parts(row)
     said = []
     whole = sum(parts.values())
     if whole > 0:

@@ -163,6 +163,7 @@ def traffic_map(detail: LayoutDetail) -> Figure | None:
         "x": ranks,
         "y": ranks,
         "zmin": 0,
+        "zmax": float(f"{peak / factor:.3g}"),  # Plotly ignores zmin alone
         "colorscale": [list(stop) for stop in palette.SCALE],
         "colorbar": _colorbar(unit),
         "hovertemplate": f"rank %{{y}} to rank %{{x}}: <b>%{{z:.3g}} {unit}</b><extra></extra>",
@@ -337,7 +338,7 @@ def _overview_bars(kind: str, places: list[str], held_s: dict[str, float], axis:
 def _wait_marker() -> dict[str, Any]:
     return {
         "color": palette.PALE,
-        "pattern": {"shape": ".", "size": 5, "solidity": 0.2, "fgcolor": "#7d8790"},
+        "pattern": {"shape": ".", "size": 5, "solidity": 0.2, "fgcolor": "#7d8790", "fillmode": "overlay"},
     }
 
 

@@ -27,11 +27,11 @@ from moesim.report.text import (
     count,
     layout_name,
     number,
-    parts_of,
     plural,
     seconds,
     share,
     size_name,
+    step_parts,
     total_and_capacity,
     usd_column,
 )
@@ -77,8 +77,8 @@ COLUMNS = (
     Column("#", lambda row: count(number(row, "rank")), _of("rank")),
     Column("layout", layout_name, layout_name, False),
     Column("GPUs", cluster_name, cluster_name, False),
-    Column("batch a rank", lambda row: count(_batch(row)), _batch),
-    Column("USD / Mtok", lambda row: usd_column(number(row, "usd_per_mtok")), _of("usd_per_mtok")),
+    Column("batch", lambda row: count(_batch(row)), _batch),
+    Column("USD/Mtok", lambda row: usd_column(number(row, "usd_per_mtok")), _of("usd_per_mtok")),
     Column("TPOT", lambda row: band_text(row, "tpot_s"), _of("tpot_s")),
     Column("TTFT", lambda row: seconds(number(row, "ttft_s")), _of("ttft_s")),
     Column("step", lambda row: band_text(row, "step_s"), _of("step_s")),
@@ -214,7 +214,7 @@ def add_time(page: Page, rows: Sequence[Record]) -> None:
         "The parts of one step. The upright mark is the step itself: bars beyond it overlap with one "
         "another, a gap before it is waiting."
     )
-    if any(is_exposed(kind) for row in rows[:N_BARS] for kind in parts_of(row, "breakdown_s")):
+    if any(is_exposed(kind) for row in rows[:N_BARS] for kind in step_parts(row)):
         note += " Hatched parts are communication that no computation hides."
     page.add(_notes([note]))
     page.figure(figure, "Time of a step by kind of work, for the best layouts")
@@ -326,7 +326,7 @@ def add_ruled_out(page: Page, plan: Record) -> None:
         return
     total = sum(n for _, n, _ in groups)
     page.add(
-        f'<section id="ruled-out"><h2>What was ruled out</h2>{_notes([plural(total, "point") + " in all."])}'
+        f'<section id="ruled-out"><h2>What was ruled out</h2>{_notes([plural(total, "candidate") + " in all."])}'
     )
     rows = []
     for kind, n, examples in groups:
@@ -338,7 +338,7 @@ def add_ruled_out(page: Page, plan: Record) -> None:
             f'<td class="words">{lines}</td></tr>'
         )
     page.add(
-        '<div class="wide"><table><thead><tr><th class="n">points</th><th>because it</th><th>for example</th>'
+        '<div class="wide"><table><thead><tr><th class="n">count</th><th>because it</th><th>for example</th>'
         f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 

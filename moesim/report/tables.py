@@ -23,6 +23,7 @@ from moesim.report.text import (
     plural,
     seconds,
     share,
+    step_parts,
     total_and_capacity,
     usd,
     usd_column,
@@ -124,7 +125,7 @@ def run_table(result: Record) -> Table:
     for name, value in _figures(result):
         if value != ABSENT:
             table.add_row(name, value, "")
-    parts = parts_of(result, "breakdown_s")
+    parts = step_parts(result)
     _add_parts(table, "time in one step", {kind: (v, seconds(v)) for kind, v in parts.items()})
     memory = parts_of(result, "memory_bytes")
     items = {k: (v, format_bytes(v)) for k, v in memory.items() if k not in ("total", "capacity")}
@@ -166,8 +167,8 @@ def ruled_out_table(plan: Record) -> Table:
         The object of ``moesim plan --json``.
     """
     groups = ruled_out_groups(plan)
-    table = _table(f"{plural(sum(n for _, n, _ in groups), 'point')} ruled out")
-    table.add_column("points", justify="right", no_wrap=True)
+    table = _table(f"{plural(sum(n for _, n, _ in groups), 'candidate')} ruled out")
+    table.add_column("count", justify="right", no_wrap=True)
     table.add_column("because it", max_width=26)
     table.add_column("for example", max_width=WIDTH - 40)
     for kind, n, examples in groups:

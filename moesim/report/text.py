@@ -23,6 +23,7 @@ __all__ = [
     "seconds",
     "share",
     "size_name",
+    "step_parts",
     "targets_text",
     "total_and_capacity",
     "usd",
@@ -68,6 +69,13 @@ def parts_of(row: Record, key: str) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None and value > 0}
 
 
+def step_parts(row: Record) -> dict[str, float]:
+    """Parts of one step. A serving row may also hold the prefill between steps, which is no part of a step."""
+    parts = parts_of(row, "breakdown_s")
+    of_step = {kind: part_s for kind, part_s in parts.items() if not kind.startswith("prefill")}
+    return of_step or parts
+
+
 def seconds(value_s: float | None) -> str:
     """A time, or the mark of an absent one."""
     return ABSENT if value_s is None else format_seconds(value_s)
@@ -90,6 +98,8 @@ def share(value: float | None) -> str:
     if value is None:
         return ABSENT
     percent = 100 * value
+    if 0 < percent < 0.01:
+        return "less than 0.01%"
     return f"{percent:.0f}%" if percent >= 10 or percent == 0 else f"{percent:.2g}%"
 
 

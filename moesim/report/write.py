@@ -119,10 +119,9 @@ def _run_answer(result: Record) -> str:
 def _effort(plan: Record) -> str:
     """What the answer took."""
     said = []
-    if (n := number(plan, "n_evaluated")) is not None:
-        said.append(plural(int(n), "layout evaluated", "layouts evaluated"))
-    if (n := number(plan, "n_points")) is not None:
-        said.append(plural(int(n), "point"))
+    for key, one in (("n_layouts", "layout"), ("n_points", "point"), ("n_evaluated", "candidate")):
+        if (n := number(plan, key)) is not None:
+            said.append(plural(int(n), one) + (" evaluated" if key == "n_evaluated" else ""))
     text = ", ".join(said)
     if (elapsed_s := number(plan, "elapsed_s")) is not None:
         text += f" in {seconds(elapsed_s)}"

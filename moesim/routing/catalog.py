@@ -26,6 +26,7 @@ _FIGURES = (
     "zipf_exponent",
     "seed",
 )
+_KEYS = ("name", "kind", "phase", "parameters", "provenance", "quality", "synthetic")
 
 
 def _folder() -> Path:
@@ -65,6 +66,9 @@ def read_routing_yaml(file: Path) -> SyntheticRouting:
     """Read a generator from YAML: `kind`, `phase`, `parameters` with values, `provenance`."""
     try:
         data = YAML(typ="safe", pure=True).load(file)
+        if strange := sorted(map(str, set(data) - set(_KEYS))):
+            fix = f"its keys are {', '.join(_KEYS)}"
+            raise TraceError("is not a routing description", value=strange[0], fix=fix, place=str(file))
         figures: dict[str, Any] = {}
         for key, entry in data.get("parameters", {}).items():
             if key not in _FIGURES:

@@ -93,10 +93,10 @@ class Placement:
         """Slot of an expert for the i-th token: (n_layers, n_experts, n_turns), taken at i % n_turns.
 
         Replicas take turns; n_turns is 1 without replicas, else their counts' least common multiple (up
-        to 840, above which the split is even to within 0.2%).
+        to 120, above which the split is even to a few percent).
         """
         counts = self.n_replicas
-        n_turns = min(int(np.lcm.reduce(np.unique(counts))), 840)
+        n_turns = min(int(np.lcm.reduce(np.unique(counts))), 120)
         order = np.argsort(self.slot_to_expert, axis=-1, kind="stable")
         first = np.cumsum(counts, axis=-1) - counts
         turn = np.arange(n_turns)[None, None, :] % counts[:, :, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 from moesim.errors import LayoutError
 
@@ -82,7 +83,7 @@ def _check_ranks(layout: LayoutSizes, n_gpus: int) -> None:
         raise LayoutError(
             f"ep x etp must divide tp x dp = {ranks}",
             value=f"ep={layout.ep} etp={layout.etp}",
-            fix=f"try ep={_largest_divisor(ranks, layout.ep, layout.etp)} etp={layout.etp}"
+            fix=f"try ep={_nearest_ep(ranks, layout)} etp={layout.etp}"
             if ranks % layout.etp == 0
             else "try etp=1",
         )
@@ -94,9 +95,11 @@ def _check_ranks(layout: LayoutSizes, n_gpus: int) -> None:
         )
 
 
-def _largest_divisor(ranks: int, ep: int, etp: int) -> int:
-    """Largest `ep` at or below the one wanted that divides."""
-    return next(size for size in range(min(ep, ranks // etp), 0, -1) if ranks % (size * etp) == 0)
+def _nearest_ep(ranks: int, layout: LayoutSizes) -> int:
+    """Value of `ep` nearest to the one wanted that makes groups of whole attention replicas."""
+    groups = [ep for ep in range(1, ranks // layout.etp + 1) if ranks % (ep * layout.etp) == 0]
+    whole = [ep for ep in groups if ep * layout.etp % layout.tp == 0]
+    return min(whole or groups, key=lambda ep: abs(ep - layout.ep))
 
 
 def _check_attention(layout: LayoutSizes, model: ModelFacts) -> None:
@@ -131,10 +134,12 @@ def _check_experts(layout: LayoutSizes, model: ModelFacts) -> None:
         return
     slots = model.n_experts + layout.redundant_experts
     if slots % layout.ep:
+        shared = gcd(slots, layout.ep)
+        fewer = f"ep={shared} or " if shared > 1 else ""
         raise LayoutError(
             f"{slots} expert slots do not divide over ep={layout.ep}",
             value=f"redundant_experts={layout.redundant_experts}",
-            fix=f"try redundant_experts={layout.redundant_experts + -slots % layout.ep}",
+            fix=f"try {fewer}redundant_experts={layout.redundant_experts + -slots % layout.ep}",
         )
     if layout.redundant_experts > model.n_experts * (layout.ep - 1):
         most = model.n_experts * (layout.ep - 1)

@@ -71,10 +71,11 @@ class Batch:
         """Return a micro-batch: this fraction of the sequences, or of the tokens of a lone prompt."""
         if self.phase == "prefill":
             whole = np.maximum(self.n_sequences * fraction, 1.0)
-            query = self.n_tokens * fraction / whole
+            query = self.n_sequences * self.n_query * fraction / whole
             # pieces of one prompt end at different tokens: the mean keeps the sum of (query, key) pairs
             seen = self.n_context - (self.n_query - query) / 2
-            return replace(self, n_sequences=whole, n_query=query, n_context=seen)
+            riding = self.n_riding * fraction
+            return replace(self, n_sequences=whole, n_query=query, n_context=seen, n_riding=riding)
         return replace(self, n_sequences=self.n_sequences * fraction)
 
 

@@ -97,7 +97,9 @@ def test_no_task_starts_before_what_it_waits_for(drawn):
                 assert np.ptp(timeline.start_s[position][task.group == one]) == 0
 
 
-@pytest.mark.parametrize("layout", [Layout(dp=16, ep=16), Layout(tp=2, dp=8, ep=8, etp=2), Layout(tp=8, ep=2)])
+@pytest.mark.parametrize(
+    "layout", [Layout(dp=16, ep=16), Layout(tp=2, dp=8, ep=8, etp=2), Layout(tp=8, ep=2)]
+)
 def test_groups_of_a_program_are_those_of_the_layout(layout):
     """An expert group is ep x etp consecutive ranks; its exchange joins the same shard of every expert."""
     case = case_of("mixtral-8x7b" if layout.ep <= 8 else "olmoe-1b-7b", layout, "train")
@@ -119,10 +121,13 @@ def test_two_batches_hide_part_of_the_exchange():
     for overlap in ("none", "two-batch"):
         case = case_of("olmoe-1b-7b", layout, "prefill", Choice("normal", overlap))
         step = time_step(step_of(case, batch), context_of("olmoe-1b-7b").pricer(case, "prefill"))
-        times[overlap] = float(makespan(step.program())[0]), sum(
-            float(np.broadcast_to(one, (1, len(block.layers), 16)).mean(axis=2).sum())
-            for block, row in zip(step.step.blocks, step.seconds, strict=True)
-            for one in row
+        times[overlap] = (
+            float(makespan(step.program())[0]),
+            sum(
+                float(np.broadcast_to(one, (1, len(block.layers), 16)).mean(axis=2).sum())
+                for block, row in zip(step.step.blocks, step.seconds, strict=True)
+                for one in row
+            ),
         )
     chained, summed = times["none"]
     assert chained >= summed * (1 - 1e-9)

@@ -115,7 +115,8 @@ def test_weights_of_all_ranks_make_the_model(data, model):
             held[part] += n
     tied = case.model.tied_embeddings and layout.pp > 1
     copied = {layer.attention.kind for layer in case.model.layers} & {"mla"} or any(
-        layer.attention.kind == "gqa" and layer.attention.n_kv_heads < layout.tp for layer in case.model.layers
+        layer.attention.kind == "gqa" and layer.attention.n_kv_heads < layout.tp
+        for layer in case.model.layers
     )
     for part, n in counted.by_part.items():
         cut = {"norm": 1, "router": 1, "expert": layout.ep * layout.etp}.get(part, layout.tp)
@@ -126,7 +127,9 @@ def test_weights_of_all_ranks_make_the_model(data, model):
         assert whole == pytest.approx(n, rel=1e-4) or (part == "attention" and copied and whole >= n)
 
 
-@given(data=st.data(), model=st.sampled_from(MODELS), recompute=st.sampled_from(["none", "selective", "full"]))
+@given(
+    data=st.data(), model=st.sampled_from(MODELS), recompute=st.sampled_from(["none", "selective", "full"])
+)
 @EXAMPLES
 def test_backward_multiplies_twice_and_sends_the_other_way(data, model, recompute):
     case = made(model, data.draw(layouts(model)), "train")
@@ -138,7 +141,13 @@ def test_backward_multiplies_twice_and_sends_the_other_way(data, model, recomput
     )
     again = layers_alone if recompute == "full" else 0.0
     np.testing.assert_allclose(step_flops(backward), 2 * step_flops(forward) + again, rtol=1e-9)
-    turned = {AllGather: ReduceScatter, ReduceScatter: AllGather, AllReduce: AllReduce, Dispatch: Combine, Combine: Dispatch}
+    turned = {
+        AllGather: ReduceScatter,
+        ReduceScatter: AllGather,
+        AllReduce: AllReduce,
+        Dispatch: Combine,
+        Combine: Dispatch,
+    }
     for there, here in zip(forward.blocks, backward.blocks, strict=True):
         n_again = len(here.nodes) - len(there.nodes)
         assert n_again == (len(there.nodes) if recompute == "full" and there.name in ("moe", "dense") else 0)
@@ -148,5 +157,3 @@ def test_backward_multiplies_twice_and_sends_the_other_way(data, model, recomput
                 np.testing.assert_array_equal(one.op.sent_nic, other.op.received_nic)
                 np.testing.assert_array_equal(one.op.received_nvlink, other.op.sent_nvlink)
                 assert other.op.token_bytes == 2 * case.model.hidden
-
-

@@ -204,7 +204,7 @@ def test_numbers_of_the_plan_stand_in_the_page(page: Reader) -> None:
     assert (
         "TP1 DP32 EP32 on 32 x h200-sxm, batch 64 a rank, has the lowest cost per million tokens" in page.text
     )
-    assert "86 layouts evaluated" in page.text
+    assert "860 points, 86 candidates evaluated" in page.text
     assert "the price is assumed" in page.text
 
 
@@ -345,7 +345,7 @@ def test_a_large_plan_makes_a_small_page_soon(tmp_path: Path) -> None:
     path = write_plan_report(tmp_path / "big.html", content, [big] * 4)
     assert time.process_time() - begin_s < 1.5
     assert path.stat().st_size < 9e6
-    assert "10,000 points in all" in read(path).text
+    assert "10,000 candidates in all" in read(path).text
 
 
 def test_command_line_does_not_pay_for_plotly() -> None:
@@ -426,6 +426,8 @@ def test_bars_hold_the_parts_in_milliseconds() -> None:
     parts = {trace["name"]: trace["x"] for trace in figure["data"]}
     assert parts["attention"] == [20.0]
     assert parts["exposed dispatch"] == [4.0]
+    hatched = next(trace["marker"] for trace in figure["data"] if trace["name"] == "exposed dispatch")
+    assert hatched["pattern"]["fillmode"] == "overlay"  # else the hatching takes the colour's place
     assert parts["step, overlap taken off"] == [40.0]
 
 
@@ -452,6 +454,7 @@ def test_traffic_map_leaves_out_the_diagonal_and_names_its_unit() -> None:
     figure = traffic_map(detail(traffic=np.array([[9e9, 2e6], [1e6, 9e9]])))
     assert figure is not None
     assert figure["data"][0]["z"] == [[None, 2.0], [1.0, None]]
+    assert (figure["data"][0]["zmin"], figure["data"][0]["zmax"]) == (0, 2.0)
     assert figure["data"][0]["colorbar"]["title"]["text"] == "MB"
 
 

@@ -91,6 +91,7 @@ def test_no_number_is_absent(value: object) -> None:
 def test_numbers_for_people() -> None:
     assert (count(1234567), count(2.5), count(12.0), count(None)) == ("1,234,567", "2.5", "12", ABSENT)
     assert (share(0.4123), share(0.0412), share(0.0), share(None)) == ("41%", "4.1%", "0%", ABSENT)
+    assert share(1.9e-15) == "less than 0.01%"
     assert total_and_capacity(ROW) == "135 of 141 GB"
     assert total_and_capacity({"memory_bytes": {"total": 5e8, "capacity": 80e9}}) == "500 MB of 80.0 GB"
     assert total_and_capacity({"memory_bytes": {"total": 5e8}}) == "500 MB"
@@ -120,6 +121,11 @@ def test_limits_name_the_largest_parts_and_a_full_memory() -> None:
     assert "Memory is 96% full" in said
     assert "1.41 times the mean" in said
     assert limits({}) == ""
+
+
+def test_prefill_between_steps_is_no_part_of_a_step() -> None:
+    with_prefill = {**ROW, "breakdown_s": {**ROW["breakdown_s"], "prefill_attention": 1.0}}
+    assert limits(with_prefill) == limits(ROW)
 
 
 def test_certainty_tells_measured_from_carried_over() -> None:
@@ -194,7 +200,7 @@ def test_plan_table_shows_gpus_where_they_differ_and_steps_where_there_are_no_to
 
 def test_tables_of_nothing() -> None:
     assert "Layouts" in printed(plan_table({}))
-    assert "0 points ruled out" in printed(ruled_out_table({}))
+    assert "0 candidates ruled out" in printed(ruled_out_table({}))
     assert ABSENT in printed(run_table({}))
 
 

@@ -115,7 +115,7 @@ def test_a_dense_model_has_no_expert_ranks():
             LayoutSizes(dp=72, ep=72),
             DEEPSEEK,
             72,
-            "256 expert slots do not divide over ep=72; fix: try redundant_experts=32",
+            "256 expert slots do not divide over ep=72; fix: try ep=8 or redundant_experts=32",
         ),
         (LayoutSizes(dp=8, ep=1, redundant_experts=1), DEEPSEEK, 8, "at most one replica"),
         (

@@ -1,0 +1,21 @@
+"""What the engine made of one size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moesim.engine import Timeline
+
+__all__ = ["Played"]
+
+
+@dataclass(frozen=True, eq=False)
+class Played:
+    """One size, event by event."""
+
+    step_s: float
+    """Time of a step, links shared."""
+    breakdown_s: dict[str, float]
+    """Where it goes, on the critical rank; the parts add up."""
+    timelines: tuple[Timeline, ...]
+    """One micro-batch in each pipeline stage; of training, the pipeline itself."""
