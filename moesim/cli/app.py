@@ -98,7 +98,7 @@ def run(
         from moesim.metrics import write_perfetto
 
         result["timeline"] = str(write_perfetto(found.timelines[0], timeline))
-    if page is not None and found.outcome is not None:
+    if page is not None:
         from moesim.report import write_run_report
 
         result["report"] = str(write_run_report(page, result, show.detail(maps)))

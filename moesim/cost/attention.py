@@ -255,7 +255,9 @@ def decode_kernel_s(
     floor = 2.0 * batch * heads.n_heads * keys * heads.dims / gpu.peak_flops_per_s("bfloat16")
     floor = np.maximum(floor, memory_s * params["hbm_fraction"])
     windowed_s = np.where(keys < n_context, params.get("window_s", 0.0), 0.0)
-    kernel_s = params["launch_s"] + best + windowed_s + _around_s(batch, batch * n_context, heads, gpu, params)
+    kernel_s = (
+        params["launch_s"] + best + windowed_s + _around_s(batch, batch * n_context, heads, gpu, params)
+    )
     return np.asarray(np.maximum(kernel_s, floor))
 
 

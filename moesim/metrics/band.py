@@ -47,5 +47,8 @@ def relative_band(
     for family, seconds in rows:
         error = family.held_out.p90_ape if family and family.held_out else UNMEASURED_ERROR
         factor = CARRIED_FACTOR if carried and family and family.held_out else 1.0
-        square = square + (np.broadcast_to(seconds, total_s.shape) / np.maximum(whole, 1e-30) * error * factor) ** 2
+        square = (
+            square
+            + (np.broadcast_to(seconds, total_s.shape) / np.maximum(whole, 1e-30) * error * factor) ** 2
+        )
     return np.asarray(np.sqrt(square))

@@ -19,8 +19,8 @@ from moesim.scenario.schema import Scenario
 
 __all__ = ["Maps", "PlanAnswer", "maps_of", "plan_answer", "run_answer"]
 
-SHOWN = 25
-"""Layouts that a report and `plan --json` give in full."""
+N_BREAKDOWNS = 8
+"""Layouts whose time is broken down on their critical rank; kernel times are given of the others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,8 @@ def plan_answer(
                 progress((number + 1) / n_engine)
         else:
             row = {**one.outcome.row(one.point), "engine": None}
+            if number < N_BREAKDOWNS:
+                row["breakdown_s"] = one.outcome.play(one.point, events=False).breakdown_s
         rows.append({"rank": number + 1, **row})
     best = found.ranked[0].outcome if found.ranked else None
     plan = {
@@ -82,6 +84,7 @@ def plan_answer(
         "objective": found.scenario.objective[0],
         "targets": {name: bound.text for name, bound in found.scenario.subject_to.bounds().items()},
         "layouts": rows,
+        "layouts_all": list(found.cloud),
         "ruled_out": [one.row() for one in found.refused],
         "n_layouts": found.n_layouts,
         "n_evaluated": found.n_evaluated,

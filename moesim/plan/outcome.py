@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from moesim.hardware.cluster import Cluster
 from moesim.model.params import count_parameters
 from moesim.model.spec import ModelSpec
-from moesim.plan.played import Played
+from moesim.plan.played import Play
 from moesim.plan.steps import Pass
 from moesim.work.case import Case, Layout
 from moesim.work.ops import FloatArray
@@ -48,8 +48,8 @@ class Outcome:
     """Steps that the result is made of, the main one first."""
     how: str = ""
     """How the result follows from them."""
-    play: Callable[[int], Played] = field(kw_only=True)
-    """Runs one size event by event."""
+    play: Play = field(kw_only=True)
+    """Runs one size, event by event or by the recurrence."""
 
     @property
     def n_points(self) -> int:

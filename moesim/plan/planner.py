@@ -303,20 +303,21 @@ def _shown(metric: str, value: float) -> str:
 
 
 def _cloud(scenario: Scenario, outcome: Outcome) -> list[dict[str, Any]]:
-    latency = outcome.tpot_s if outcome.tpot_s is not None else outcome.step_s
-    label = outcome.case.layout
+    layout, cluster = outcome.case.layout, outcome.case.cluster
+    allowed = np.ones(outcome.n_points, dtype=bool)
+    for metric, bound in scenario.subject_to.bounds().items():
+        allowed &= _meets(outcome.metric(metric), bound, outcome.n_points)
+    common = {"layout": layout_row(layout), "cluster": cluster_row(cluster, layout)}
+    figures = {name: outcome.metric(name) for name in ("ttft", "tpot", "step")}
+    times = {f"{name}_s": values for name, values in figures.items() if values is not None}
     return [
         {
-            "latency_s": float(latency[point]),
-            "tokens_per_s_per_gpu": float(outcome.tokens_per_s[point]) / label.n_ranks,
+            **common,
+            "workload": {name: float(values[point]) for name, values in outcome.workload.items()},
+            "feasible": bool(allowed[point]),
+            **{name: float(values[point]) for name, values in times.items()},
+            "tokens_per_s_per_gpu": float(outcome.tokens_per_s[point]) / layout.n_ranks,
             "usd_per_mtok": float(outcome.usd_per_mtok[point]),
-            "layout": layout_row(label),
-            "batch": _size(outcome.workload, point),
-            "gpu": outcome.case.cluster.gpu.name,
-            "meets": all(
-                bool(_meets(outcome.metric(metric), bound, outcome.n_points)[point])
-                for metric, bound in scenario.subject_to.bounds().items()
-            ),
         }
         for point in np.flatnonzero(outcome.fits).tolist()
     ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from moesim.engine import Timeline
 
-__all__ = ["Played"]
+__all__ = ["Play", "Played"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,3 +20,10 @@ class Played:
     """Where it goes, on the critical rank; the parts add up."""
     timelines: tuple[Timeline, ...]
     """One micro-batch in each pipeline stage; of training, the pipeline itself."""
+
+
+class Play(Protocol):
+    """Runs one size of an outcome."""
+
+    def __call__(self, point: int, *, events: bool = True) -> Played:
+        """Event by event, or by the recurrence, which shares no links."""

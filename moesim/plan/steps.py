@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moesim.cost.price import Pricer
-from moesim.engine import Program, Timeline, makespan, simulate
+from moesim.engine import Program, Timeline, evaluate, makespan, simulate
 from moesim.engine.unroll import TimedStep, time_step
 from moesim.hardware.profile import Family
 from moesim.metrics import breakdown_s
@@ -96,13 +96,16 @@ class Pass:
         """One micro-batch in one pipeline stage."""
         return self.timed.program(_held(self.case, self.case.stages[stage]), fused=fused)
 
-    def timelines(self, point: int) -> tuple[Timeline, ...]:
-        """Every stage's micro-batch, event by event."""
-        return tuple(simulate(self.program(stage), point) for stage in range(len(self.stage_s)))
+    def timelines(self, point: int, *, events: bool = True) -> tuple[Timeline, ...]:
+        """Every stage's micro-batch, event by event with links shared, or by the recurrence."""
+        programs = [self.program(stage) for stage in range(len(self.stage_s))]
+        if events:
+            return tuple(simulate(program, point) for program in programs)
+        return tuple(evaluate(program).timeline(point) for program in programs)
 
-    def play(self, point: int) -> Played:
-        """Run one size event by event, links shared between streams; the period is `period_s` of the result."""
-        timelines = self.timelines(point)
+    def play(self, point: int, *, events: bool = True) -> Played:
+        """Run one size; `step_s` is the period (of a prefill the latency), as `stage_s` gives it by the recurrence."""
+        timelines = self.timelines(point, events=events)
         stage_s = self.stage_s.copy()
         stage_s[:, point] = [timeline.makespan_s for timeline in timelines]
         one = replace(self, stage_s=stage_s)

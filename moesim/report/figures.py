@@ -107,9 +107,9 @@ def pareto(rows: Sequence[Record], others: Sequence[Record], targets: Record | N
     Parameters
     ----------
     rows
-        Layouts of the ranking.
+        Layouts of the ranking, each at its best size.
     others
-        Layouts that miss a target, in grey; rows of the ranking among them are left out.
+        Every other size of every layout that fits: those that miss a target in grey.
     targets
         A bound on the latency shown is drawn.
     """
@@ -119,7 +119,8 @@ def pareto(rows: Sequence[Record], others: Sequence[Record], targets: Record | N
     if latency is None:
         return None
     key, title = latency
-    ranked = [row for row in rows if _has(row, key)]
+    met = [row for row in others if row.get("feasible") is not False]
+    ranked = [row for row in (*rows, *met) if _has(row, key)]
     missed = _thin([row for row in others if _has(row, key) and row.get("feasible") is False])
     data = [_points(missed, key, "misses a target", palette.GREY, 6)] if missed else []
     front = pareto_front([_x(row, key) for row in ranked], [_y(row) for row in ranked])

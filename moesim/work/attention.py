@@ -126,20 +126,29 @@ def _mla(case: Case, spec: AttentionSpec, batch: Batch) -> Named:
     ops.append(
         ("rope", Elementwise(n_tokens * heads * spec.qk_rope_head_dim * 2 * ACTIVATION_BYTES), "elementwise")
     )
-    if batch.phase != "decode":
-        kv_up = heads * (spec.qk_nope_head_dim + spec.v_head_dim)
-        # the latents of tokens cached by earlier chunks are decompressed again
-        n_latents = batch.n_sequences * batch.n_context
-        ops.append(("kv_up", gemm(case, n_latents, kv_up, spec.kv_lora_rank), "attention_gemm"))
-        core = _core(case, spec, batch, "mla", heads, heads, spec.head_dim, spec.v_head_dim)
-        return [*ops, ("attention", core, "attention")]
+    if batch.phase == "decode":
+        return [*ops, *_absorbed(case, spec, batch, heads)]
+    kv_up = heads * (spec.qk_nope_head_dim + spec.v_head_dim)
+    # the latents of tokens cached by earlier chunks are decompressed again
+    n_latents = batch.n_sequences * batch.n_context
+    ops.append(("kv_up", gemm(case, n_latents, kv_up, spec.kv_lora_rank), "attention_gemm"))
+    core = _core(case, spec, batch, "mla", heads, heads, spec.head_dim, spec.v_head_dim)
+    ops.append(("attention", core, "attention"))
+    riding = [] if batch.riders is None else _absorbed(case, spec, batch.riders, heads)
+    return [*ops, *((f"riding_{name}", op, category) for name, op, category in riding)]
+
+
+def _absorbed(case: Case, spec: AttentionSpec, batch: Batch, heads: int) -> Named:
+    """Attention of decoding sequences to the latent itself, between two products by head."""
+    n_tokens, latent = batch.n_tokens, spec.kv_lora_rank + spec.qk_rope_head_dim
     absorb_q = DenseGemm(n_tokens, spec.kv_lora_rank, spec.qk_nope_head_dim, "bfloat16", batched=heads)
     absorb_v = DenseGemm(n_tokens, spec.v_head_dim, spec.kv_lora_rank, "bfloat16", batched=heads)
     core = _core(case, spec, batch, "mla", heads, 1, latent, spec.kv_lora_rank)
-    ops.append(("absorb_q", absorb_q, "attention_gemm"))
-    ops.append(("attention", core, "attention"))
-    ops.append(("absorb_v", absorb_v, "attention_gemm"))
-    return ops
+    return [
+        ("absorb_q", absorb_q, "attention_gemm"),
+        ("attention", core, "attention"),
+        ("absorb_v", absorb_v, "attention_gemm"),
+    ]
 
 
 def _linear(case: Case, spec: AttentionSpec, batch: Batch) -> Named:

@@ -236,6 +236,6 @@ def _embedding(case: Case, micros: list[Batch], with_host: bool) -> Block:
 def _head(case: Case, micros: list[Batch]) -> Block:
     nodes: list[Node] = []
     for micro, batch in enumerate(micros):
-        ops = loss_ops(case, batch.n_tokens) if batch.phase == "train" else head_ops(case, batch.n_sequences)
+        ops = loss_ops(case, batch.n_tokens) if batch.phase == "train" else head_ops(case, batch.n_rows_out)
         nodes += _named(ops, micro)
     return Block("head", (case.model.n_layers,), tuple(nodes))

@@ -26,7 +26,7 @@ from moesim.work.ops import (
 )
 from moesim.work.step import Batch, Step
 from moesim.work.training import optimizer_op
-from tests.work_cases import case_of, context_of, step_of, whole
+from tests.work_cases import case_of, context_of, step_flops, step_of, whole
 
 
 def ops_of(step: Step, kind: type[Op], block: str | None = None) -> list[Op]:
@@ -308,3 +308,18 @@ def test_backward_of_one_engine_s_kernels_is_another_s():
     times = [context.pricer(case, phase).seconds(op).sum() for phase in ("train", "decode")]
     assert names == ["trtllm-cutlass", "sglang-triton"]
     assert times[0] < times[1]
+
+
+@pytest.mark.parametrize("model", ["deepseek-v3", "mixtral-8x7b", "llama-3.1-8b"])
+def test_sequences_that_decode_beside_a_prompt_multiply_as_alone(model):
+    """Products of a mixed step are those of its prompt and of its decode step, the last tokens' heads apart."""
+    layout = Layout(dp=8, ep=8) if model != "llama-3.1-8b" else Layout()
+    case = case_of(model, layout, "prefill")
+    alone = step_flops(step_of(case, Batch.of("prefill", 2, 512, 512)))
+    mixed = step_of(case, Batch.of("prefill", 2, 512, 512, n_riding=64, riding_context=3000))
+    decode = case_of(model, layout, "decode")
+    riding = step_flops(step_of(decode, Batch.of("decode", 64, 1, 3000)))
+    np.testing.assert_allclose(step_flops(mixed), alone + riding, rtol=1e-9)
+    cores = ops_of(mixed, AttentionDecode)
+    assert cores
+    assert {(op.batch.item(), op.n_context.item()) for op in cores} == {(64, 3000)}
