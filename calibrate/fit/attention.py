@@ -167,7 +167,11 @@ def families(data_dir: Path) -> list[dict[str, Any]]:
 
 def _family(kernel: Kernel, rows: pd.DataFrame, fit: LogFit, error: Mapping[str, Any]) -> dict[str, Any]:
     data = DATA.format(
-        op=kernel.op, kind=kernel.kind, device=MEASURED, software=rows.software.iloc[0], kernel=kernel.measured
+        op=kernel.op,
+        kind=kernel.kind,
+        device=MEASURED,
+        software=rows.software.iloc[0],
+        kernel=kernel.measured,
     )
     return {
         "op": kernel.op,

@@ -29,6 +29,7 @@ from moesim.hardware.gpu import Gpu
 
 __all__ = ["KERNELS", "PEAKS", "Kernel", "families", "load_rows", "predicted_s"]
 
+
 def _hopper(name: str, memory_bytes: float, hbm_bytes_per_s: float) -> Gpu:
     return Gpu(
         name=name, memory_bytes=memory_bytes, hbm_bytes_per_s=hbm_bytes_per_s,

@@ -1,7 +1,7 @@
 """Host's share of a step and of a request, fitted on measured serving of **dense** models only.
 
-Run as ``python -m calibrate.fit.host DATA_DIR``; writes ``<device>.host.yaml`` of the catalog. No row of an MoE
-model is read, so that their errors are errors of a prediction. See docs/fits/serving.md.
+Run as ``python -m calibrate.fit.host DATA_DIR -o moesim/catalog/profiles``; writes ``<device>.host.yaml``.
+No row of an MoE model is read, so that their errors are errors of a prediction. See docs/fits/serving.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scipy.optimize import least_squares
 
 from calibrate.fit.common import FloatArray, ape_stats, write_fragment
 from calibrate.validate.serving import predict, read_rows
-from moesim.hardware.profile import CATALOG, load_profile
+from moesim.hardware.profile import load_profile
 
 DEVICES = ("h100-sxm", "h200-sxm")
 DECODE_BOUND = 0.3
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Fit and write the host families of the measured devices."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, default=CATALOG)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of profiles to write")
     options = parser.parse_args(arguments)
     table = predict(read_rows(options.data))
     dense = table[(table["skip"] == "") & ~table["is_moe"]].copy()
@@ -53,7 +53,6 @@ def main(arguments: list[str] | None = None) -> int:
     families = [
         _family(str(name), part, steady if name == "sglang" else part) for name, part in dense.groupby("host")
     ]
-    families.append(_asynchronous(families))
     for device in DEVICES:
         write_fragment(options.out / f"{device}.host.yaml", device, families)
     return 0
@@ -82,37 +81,27 @@ def _family(name: str, rows: pd.DataFrame, asked: pd.DataFrame) -> dict[str, Any
             "time is mostly decode; no MoE model",
             "n_points": len(used),
         },
-        "held_out": {"split": "each model in turn (time per output token)", **stats},
+        "held_out": {
+            "split": "time per output token; each model in turn, or each deployment where there is one model",
+            **stats,
+        },
     }
+
+
+def _groups(rows: pd.DataFrame) -> pd.Series[str]:
+    """Models, or deployments where all rows are of one model."""
+    return rows["model"] if rows["model"].nunique() > 1 else rows["deployment"].map(str)
 
 
 def _held_out(rows: pd.DataFrame) -> FloatArray:
-    """Time per output token of each model's rows, fitted on the other models' [s]."""
+    """Time per output token of each group's rows, fitted on the other groups' [s]."""
     predicted = pd.Series(np.nan, index=rows.index)
-    for model in rows.model.unique():
-        held, rest = rows[rows.model == model], rows[rows.model != model]
+    groups = _groups(rows)
+    for group in groups.unique():
+        held, rest = rows[groups == group], rows[groups != group]
         found, _ = _fit_step(rest)
         predicted.loc[held.index] = _tpot_s(held, found)
     return np.asarray(predicted.to_numpy(float))
-
-
-def _asynchronous(families: list[dict[str, Any]]) -> dict[str, Any]:
-    """Engine that schedules the next step while this one runs: no dense row of vLLM 0.14 or later is known."""
-    base = next(family for family in families if family["implementation"] == "vllm-sync")
-    parameters = {key: dict(base["parameters"][key]) for key in MEANINGS}
-    for key in ("step_s", "per_sequence_s"):
-        parameters[key]["value"] = 0.0
-    return {
-        "op": "host",
-        "implementation": "vllm",
-        "dtype": "any",
-        "parameters": parameters,
-        "provenance": {
-            "kind": "assumed",
-            "data": "vLLM schedules asynchronously by default since 0.14, so that a step hides its host work; "
-            "what a request costs is of the family vllm-sync",
-        },
-    }
 
 
 def _without_host(rows: pd.DataFrame) -> pd.DataFrame:

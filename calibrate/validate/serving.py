@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from calibrate.fit.common import ape_stats
+from calibrate.validate.published import Fact, published, published_table
 from moesim.cost.backend import backend_of
 from moesim.hardware.catalog import load_cluster
 from moesim.hardware.cluster import Cluster
@@ -20,6 +21,7 @@ from moesim.model import load_model
 from moesim.plan.context import Choice, Context
 from moesim.plan.outcome import Outcome
 from moesim.plan.workloads import serve_outcome
+from moesim.report import Compared, write_scatter_report
 from moesim.routing import default_routing
 from moesim.work.case import Layout
 
@@ -45,7 +47,9 @@ BLOCK_SCALED = ("DeepSeek", "235B", "397B")
 """Checkpoints whose "fp8" has a scale per 128 x 128 block (their config.json: weight_block_size [128, 128])."""
 
 ASYNCHRONOUS_VLLM = (0, 14)
-"""vLLM release from which steps are scheduled while the one before runs, by default."""
+"""vLLM release from which steps are scheduled while the one before runs, by default (vllm-project/vllm #27614,
+#31998). Rows that name no release are InferenceMAX's of Llama-3.1-70B, whose server is started with
+`--async-scheduling` (its README, "H200 70B")."""
 
 SPECULATIVE = "read as run with multi-token prediction, which is not simulated"
 """Note on the DeepSeek-R1 rows of TensorRT-LLM measured on 2026-01-14: the same engine release, layout, lengths
@@ -146,8 +150,8 @@ def _host(row: Mapping[str, Any]) -> str:
         return str(row["backend"])
     release = str(row["backend_version"]).split(".")
     known = len(release) > 1 and release[0].isdigit() and release[1].isdigit()
-    late = known and (int(release[0]), int(release[1])) >= ASYNCHRONOUS_VLLM
-    return "vllm" if late else "vllm-sync"
+    early = known and (int(release[0]), int(release[1])) < ASYNCHRONOUS_VLLM
+    return "vllm-sync" if early else "vllm"
 
 
 def _formats(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -287,18 +291,56 @@ def _figures(group: Mapping[str, Any]) -> str:
     )
 
 
+def _write_page(path: Path, found: Mapping[str, Any], facts: list[Fact]) -> None:
+    """Scatter of TPOT and TTFT by model and engine, and the published rows as a table."""
+    frame = pd.DataFrame(found["rows"])
+    frame["name"] = frame["model"].str.split("/").str[-1] + ", " + frame["system"] + ", " + frame["backend"]
+    moe = frame[~frame["model"].str.contains("Llama|Qwen3-32B")]
+    figures = {
+        f"{label} [ms]": [
+            Compared(
+                str(name),
+                (part[f"{key}_s"] * 1e3).tolist(),
+                (part[f"{key}_pred_s"] * 1e3).tolist(),
+                [
+                    f"{row.isl:.0f} in, {row.osl:.0f} out, {row.concurrency:.0f} at once"
+                    for row in part.itertuples()
+                ],
+            )
+            for name, part in moe.groupby("name")
+        ]
+        for key, label in (("tpot", "time per output token"), ("ttft", "time to first token"))
+    }
+    head = ["case", "row", "predicted", "measured", "error", "what"]
+    rows = [
+        [
+            one.case,
+            one.id,
+            f"{one.predicted:,.0f}",
+            f"{one.measured:,.0f}",
+            f"{one.predicted / one.measured - 1:+.1%}",
+            one.what,
+        ]
+        for one in facts
+    ]
+    write_scatter_report(
+        path, "moesim against engines on real GPUs", figures, {"Published figures": [head, *rows]}
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables of measured serving rows and of published figures."""
-    from calibrate.validate.published import published, published_table
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "data", type=Path, help="folder that holds measured/serving.csv and published_facts.csv"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--html", type=Path, help="write a page with the scatter to this file")
     options = parser.parse_args(arguments)
     found = report(predict(read_rows(options.data)))
     facts = published(options.data)
+    if options.html is not None:
+        _write_page(options.html, found, facts)
     if options.json:
         print(json.dumps({**found, "published": [vars(fact) for fact in facts]}, indent=1))
         return 0

@@ -58,7 +58,7 @@ class Backend:
             raise ProfileError(
                 f"no expert kernel of {self.name} was measured in this format",
                 value=dtype,
-                fix=f"use one of {sorted(self.expert_ffn)}",
+                fix=f"use one of {', '.join(sorted(self.expert_ffn))}",
             )
         return self.expert_ffn[dtype]
 
@@ -116,5 +116,5 @@ def backend_of(name: str) -> Backend:
         If it is not one of `BACKENDS`.
     """
     if name not in BACKENDS:
-        raise ProfileError("is no known engine", value=name, fix=f"use one of {sorted(BACKENDS)}")
+        raise ProfileError("is no known engine", value=name, fix=f"use one of {', '.join(sorted(BACKENDS))}")
     return BACKENDS[name]

@@ -93,7 +93,7 @@ class Pricer:
         return gpu.model_copy(update={"n_sms": left, "flops_per_s": rates})
 
     def group(self, name: str) -> GroupShape:
-        """Size and spread of one of the layout's groups: ``tp``, ``etp``, ``ep``, ``tp_ep``, ``dp``, ``edp``, ``pp``."""
+        """Size and spread of a group: ``tp``, ``etp``, ``ep``, ``tp_ep``, ``dp``, ``edp`` or ``pp``."""
         layout, domain = self.case.layout, self.cluster.scale_up_ranks
         n_ranks, stride = {
             "tp": (layout.tp, 1),

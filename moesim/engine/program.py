@@ -56,6 +56,14 @@ class Program:
     labels: tuple[str, ...] = field(default=())
     """Names of the ranks for the timeline; empty = numbered."""
 
+    @classmethod
+    def trusted(cls, n_ranks: int, tasks: tuple[Task, ...], n_points: int = 1) -> Program:
+        """Make a program without checking it: for tasks unrolled from a step, whose form holds by construction."""
+        program = object.__new__(cls)
+        for name, value in (("n_ranks", n_ranks), ("tasks", tasks), ("n_points", n_points), ("labels", ())):
+            object.__setattr__(program, name, value)
+        return program
+
     def __post_init__(self) -> None:
         if self.n_ranks < 1 or self.n_points < 1:
             raise EngineError("n_ranks and n_points are at least 1", value=(self.n_ranks, self.n_points))

@@ -130,23 +130,23 @@ class _Unroller:
             block = self.step.blocks[block_index]
             if layers is None or block.layers[repeat] in layers:
                 self._add(block, self.segments[block_index], repeat)
-        return Program(self.step.n_ranks, tuple(self.tasks), self.step.n_points)
+        return Program.trusted(self.step.n_ranks, tuple(self.tasks), self.step.n_points)
 
     def _add(self, block: Block, segments: list[_Segment], repeat: int) -> None:
-        first = len(self.tasks)
+        tasks, chain = self.tasks, self.chain
+        first = len(tasks)
         prefix = f"{block.name}.{block.layers[repeat]}." if len(block.layers) > 1 else f"{block.name}."
-        for one in segments:
-            after = self._previous(one.micro)
+        for position, one in enumerate(segments):
             if one.after is not None:
-                after = tuple(first + position for position in one.after)
-            duration_s = one.seconds[:, repeat if one.seconds.shape[1] > 1 else 0]
-            self.tasks.append(
+                after = tuple([first + earlier for earlier in one.after])
+            else:
+                after = (chain[one.micro],) if one.micro in chain else ()
+            seconds = one.seconds
+            duration_s = seconds[:, repeat if seconds.shape[1] > 1 else 0]
+            tasks.append(
                 Task(prefix + one.name, one.stream, duration_s, after, one.group, one.category, one.link)
             )
-            self.chain[one.micro] = len(self.tasks) - 1
-
-    def _previous(self, micro: int) -> tuple[int, ...]:
-        return (self.chain[micro],) if micro in self.chain else ()
+            chain[one.micro] = first + position
 
 
 def _group_name(op: Op) -> str | None:

@@ -104,7 +104,7 @@ class Profile(_Frozen):
         known = sorted({f"{f.implementation}/{f.dtype}" for f in self.families if f.op == op})
         raise ProfileError(
             f"profile {self.device} has no parameters for {op} by {implementation} in {dtype}",
-            fix=f"use one of {known}" if known else "calibrate it: moesim calibrate run",
+            fix=f"use one of {', '.join(known)}" if known else "fit it: see calibrate/fit",
         )
 
     @property
@@ -135,7 +135,7 @@ def load_profile(device: str, folder: Path = CATALOG) -> Profile:
     paths = sorted(folder.glob(f"{device}.*yaml"))
     if not paths:
         known = sorted({path.name.split(".")[0] for path in folder.glob("*.yaml")})
-        raise ProfileError("no profile for this device", value=device, fix=f"use one of {known}")
+        raise ProfileError("no profile for this device", value=device, fix=f"use one of {', '.join(known)}")
     families: list[Family] = []
     for path in paths:
         part = _read(path)

@@ -128,11 +128,11 @@ class _Search:
         self.cloud: list[dict[str, Any]] = []
         self.n_evaluated = 0
         self.n_layouts = 0
-        self._serial: dict[tuple[int, Layout, str], Outcome] = {}
+        self._serial: dict[tuple[int, Layout, str, float | None], Outcome] = {}
 
     def add(self, cluster: Cluster, layout: Layout, choice: Choice) -> None:
         """Price one layout and choice, unless a bound shows that it cannot come near the top."""
-        key = (id(cluster), layout, choice.dispatch)
+        key = (id(cluster), layout, choice.dispatch, choice.capacity_factor)
         if choice.overlap != "none" and key in self._serial and self._hopeless(self._serial[key]):
             self.refused.append(
                 _refused(

@@ -9,7 +9,7 @@ from moesim.engine import Timeline
 from moesim.errors import LayoutError
 from moesim.hardware.cluster import Cluster
 from moesim.plan.context import Choice, Context
-from moesim.plan.outcome import Outcome
+from moesim.plan.outcome import Outcome, cluster_row, layout_row
 from moesim.plan.planner import outcome_of
 from moesim.plan.space import Refused, check_sizes, choices_of, facts_of
 from moesim.scenario.schema import Scenario
@@ -78,7 +78,23 @@ def _priced(scenario: Scenario) -> _Priced:
     (cluster,) = scenario.cluster.clusters()
     layout = layout_of(scenario, context, cluster)
     (choice,) = choices_of(scenario.policy, plan=False, exchanges=True)
-    return _Priced(context, cluster, layout, choice, outcome_of(scenario, context, cluster, layout, choice))
+    outcome = outcome_of(scenario, context, cluster, layout, choice)
+    return _Priced(context, cluster, layout, choice, _fitting(outcome))
+
+
+def _fitting(outcome: Outcome | Refused) -> Outcome | Refused:
+    """The same, refused where the one size that was priced does not fit (training prices before it looks)."""
+    if isinstance(outcome, Refused) or bool(outcome.fits[0]):
+        return outcome
+    case = outcome.case
+    memory = {name: float(values[0]) for name, values in outcome.memory_bytes.items()}
+    return Refused(
+        layout_row(case.layout),
+        "memory",
+        outcome.why_not(0) or "",
+        cluster=cluster_row(case.cluster, case.layout),
+        memory_bytes=memory,
+    )
 
 
 def layout_of(scenario: Scenario, context: Context, cluster: Cluster) -> Layout:

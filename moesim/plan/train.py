@@ -88,7 +88,7 @@ class TrainRun:
         return simulate(self.program(point))
 
     def play(self, point: int, *, events: bool = True) -> Played:
-        """One size on the clock (a pipeline's program is short: always event by event), and where the time of its last stage to end goes."""
+        """One size, and where the time of its last stage to end goes; short enough to be always run on the clock."""
         timeline = self.timeline(point)
         return Played(timeline.makespan_s, breakdown_s(timeline), (timeline,))
 

@@ -130,4 +130,4 @@ def test_asynchronous_scheduling_by_release() -> None:
         for release in ("0.12.0", "0.18.0", np.nan)
     )
     assert old is not None and new is not None and unknown is not None
-    assert (old.host, new.host, unknown.host) == ("vllm-sync", "vllm", "vllm-sync")
+    assert (old.host, new.host, unknown.host) == ("vllm-sync", "vllm", "vllm")
