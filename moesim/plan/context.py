@@ -49,7 +49,8 @@ class Context:
     max_drawn_tokens: int = 8192
     """Tokens drawn for one expert group; larger batches are extrapolated from them."""
     _makers: dict[str, TrafficMaker] = field(default_factory=dict)
-    _memos: dict[int, dict[Hashable, FloatArray]] = field(default_factory=dict)
+    _memos: dict[int, tuple[Cluster, dict[Hashable, FloatArray]]] = field(default_factory=dict)
+    """By identity; the cluster is held so that no other can take its identity."""
 
     @classmethod
     def of(cls, scenario: Scenario, *, max_drawn_tokens: int = 8192) -> Context:
@@ -119,7 +120,7 @@ class Context:
 
     def pricer(self, case: Case, phase: str) -> Pricer:
         """Prices of one case's operators."""
-        memo = self._memos.setdefault(id(case.cluster), {})
+        memo = self._memos.setdefault(id(case.cluster), (case.cluster, {}))[1]
         backend = TRAINING if phase == "train" else self.backend
         return Pricer(case, self.profile(case.cluster), backend, decode=phase == "decode", memo=memo)
 

@@ -32,7 +32,7 @@ arXiv:2204.02311, appendix B)."""
 
 PERIODS = 6
 """Pipelines of more micro-batches than this many times the stages repeat themselves: only these are run, which is
-exact where sends are free and within 1% where they stall a stage."""
+exact where sends are free and within 2% where they stall a stage."""
 
 
 @dataclass(frozen=True, eq=False)

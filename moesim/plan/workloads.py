@@ -20,6 +20,9 @@ __all__ = ["Sizes", "decode_outcome", "memory_of", "prefill_outcome", "serve_out
 
 Sizes = Mapping[str, FloatArray]
 
+HOW_MIXED = "tpot = decode steps, some of which carry a piece of a prompt; ttft = wait and the steps of a prompt"
+HOW_APART = "tpot = decode steps and the prompts run between them; ttft = wait and prefill"
+
 
 def memory_of(kind: str, case: Case, sizes: Sizes) -> dict[str, FloatArray]:
     """Memory of the fullest rank at each size, by item [bytes]: cheap, so it is asked first."""
@@ -166,7 +169,7 @@ def serve_outcome(
         category_s=parts,
         calibrated=_calibrated(decode),
         passes={"decode": decode, "prefill": prefill},
-        how=f"tpot = decode step and prompts {'mixed into it' if context.backend.mixes_prefill else 'run between steps'}",
+        how=HOW_MIXED if context.backend.mixes_prefill else HOW_APART,
         play=decode.play,
     )
 

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moesim.errors import LayoutError
 from moesim.hardware.cluster import Cluster
@@ -114,12 +113,3 @@ class Case:
     def layer(self, index: int) -> LayerSpec:
         """One layer's shape."""
         return self.model.layers[index]
-
-    @cached_property
-    def domains(self) -> NDArray[np.int64]:
-        """(group_ranks,) scale-up domain of each simulated rank."""
-        return np.arange(self.layout.group_ranks) // self.cluster.scale_up_ranks
-
-    def ranks_per_domain(self, n_ranks: int) -> int:
-        """How many of `n_ranks` consecutive ranks share a scale-up domain."""
-        return min(n_ranks, self.cluster.scale_up_ranks)
