@@ -15,15 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from calibrate.fit.common import (
-    FloatArray,
-    LogFit,
-    ape_stats,
-    fit_log_least_squares,
-    grouped_folds,
-    write_fragment,
-)
+from calibrate.fit.common import FloatArray, LogFit, fit_log_least_squares, grouped_folds, write_fragment
 from calibrate.fit.gemm import PEAKS
+from calibrate.statistics import ape_stats
 from moesim.cost.attention import Heads, decode_kernel_s, prefill_kernel_s
 from moesim.hardware.gpu import Gpu, weight_bytes_per_element
 

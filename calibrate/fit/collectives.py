@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from calibrate.fit.common import FloatArray, LogFit, ape_stats, grouped_folds, write_fragment
+from calibrate.fit.common import FloatArray, LogFit, grouped_folds, write_fragment
 from calibrate.fit.exchange import exchange_families, one_sided_families
 from calibrate.fit.links import FOLDS, NVLINK, RATE, Spec, family_entry, say, solve
+from calibrate.statistics import ape_stats
 from moesim.network.collectives import custom_all_reduce_s, nccl_one_node_s
 
 __all__ = ["predict_custom", "predict_nccl", "run"]

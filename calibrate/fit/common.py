@@ -15,7 +15,7 @@ from scipy.optimize import least_squares
 from moesim.errors import ProfileError
 from moesim.hardware.profile import Profile
 
-__all__ = ["FloatArray", "LogFit", "ape_stats", "fit_log_least_squares", "grouped_folds", "write_fragment"]
+__all__ = ["FloatArray", "LogFit", "fit_log_least_squares", "grouped_folds", "write_fragment"]
 
 FloatArray = NDArray[np.float64]
 
@@ -129,18 +129,6 @@ def grouped_folds(groups: ArrayLike, n_folds: int, seed: int) -> list[NDArray[np
     n_used = min(n_folds, n_groups)
     fold_of_group = np.random.default_rng(seed).permutation(n_groups) % n_used
     return [fold_of_group[index] == fold for fold in range(n_used)]
-
-
-def ape_stats(predicted: ArrayLike, measured: ArrayLike) -> dict[str, float]:
-    """Median and 90th percentile of the absolute relative error, median signed error, and rows counted."""
-    error = np.asarray(predicted, dtype=float) / np.asarray(measured, dtype=float) - 1.0
-    absolute = np.abs(error)
-    return {
-        "n": int(error.size),
-        "median_ape": float(np.median(absolute)),
-        "p90_ape": float(np.quantile(absolute, 0.9)),
-        "bias": float(np.median(error)),
-    }
 
 
 def write_fragment(path: Path, device: str, families: Sequence[Mapping[str, Any]]) -> None:

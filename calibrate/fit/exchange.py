@@ -11,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from calibrate.fit.common import FloatArray, LogFit, ape_stats, grouped_folds
+from calibrate.fit.common import FloatArray, LogFit, grouped_folds
 from calibrate.fit.links import FOLDS, NIC, NVLINK, RATE, Spec, family_entry, say, solve
+from calibrate.statistics import ape_stats
 from moesim.hardware.cluster import Cluster
 from moesim.hardware.gpu import Gpu
 from moesim.network.exchange import ExchangeTerms, low_latency_terms, normal_terms

@@ -16,14 +16,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from calibrate.fit.common import (
-    FloatArray,
-    LogFit,
-    ape_stats,
-    fit_log_least_squares,
-    grouped_folds,
-    write_fragment,
-)
+from calibrate.fit.common import FloatArray, LogFit, fit_log_least_squares, grouped_folds, write_fragment
+from calibrate.statistics import ape_stats
 from moesim.cost.gemm import gemm_kernel_s, launched_s
 from moesim.hardware.gpu import Gpu
 

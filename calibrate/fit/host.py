@@ -16,7 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from calibrate.fit.common import FloatArray, ape_stats, write_fragment
+from calibrate.fit.common import FloatArray, write_fragment
+from calibrate.statistics import ape_stats
 from calibrate.validate.serving import predict, read_rows
 from moesim.hardware.profile import load_profile
 

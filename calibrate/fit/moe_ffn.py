@@ -19,15 +19,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from calibrate.fit.common import (
-    FloatArray,
-    LogFit,
-    ape_stats,
-    fit_log_least_squares,
-    grouped_folds,
-    write_fragment,
-)
+from calibrate.fit.common import FloatArray, LogFit, fit_log_least_squares, grouped_folds, write_fragment
 from calibrate.fit.moe_load import IntArray, tokens_per_expert_of_row
+from calibrate.statistics import ape_stats
 from moesim.cost.expert_ffn import ExpertFfnParameters, RowTiles, ffn_time_s, tile_rows_for
 from moesim.hardware.catalog import load_gpu
 from moesim.hardware.gpu import Gpu

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from calibrate.fit.common import ape_stats
+from calibrate.statistics import ape_stats
 from calibrate.validate.published import Fact, published, published_table
 from moesim.cost.backend import backend_of
 from moesim.hardware.catalog import load_cluster

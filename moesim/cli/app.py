@@ -139,7 +139,7 @@ def list_(
     if json:
         show.json_text({what: rows})
         return
-    show.rows(what, rows)
+    show.rows(what, [{key: row[key] for key in row if what != "models" or key != "source"} for row in rows])
 
 
 @app.command()

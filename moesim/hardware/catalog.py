@@ -228,7 +228,7 @@ def _find(name: str, folder: str, kind: type[_FileT], what: str) -> _FileT:
 
 def _read(path: Path, kind: type[_FileT]) -> _FileT:
     try:
-        content: Any = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        content: Any = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
         return kind.model_validate(content)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"

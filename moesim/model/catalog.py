@@ -179,7 +179,7 @@ def _parse_json(text: str, place: str) -> dict[str, Any]:
 
 def _parse_yaml(text: str, place: str) -> dict[str, Any]:
     try:
-        document = YAML(typ="safe", pure=True).load(text)
+        document = YAML(typ="safe").load(text)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{place}:{mark.line + 1}:{mark.column + 1}" if mark else place

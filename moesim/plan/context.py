@@ -139,7 +139,7 @@ def _source(choice: RoutingChoice, model: ModelSpec) -> RoutingSource:
         return SyntheticRouting.zipf(1.0 if choice.exponent is None else choice.exponent)
     if choice.trace is not None:
         return open_trace(choice.trace, n_experts=model.moe.n_experts if model.moe else None)
-    return default_routing()
+    return default_routing(model.name)
 
 
 def _dispatch(context: Context, layout: Layout, wanted: str, phase: str) -> DispatchKind:

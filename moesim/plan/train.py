@@ -12,7 +12,7 @@ from moesim.errors import LayoutError
 from moesim.hardware.cluster import Cluster
 from moesim.hardware.profile import Family
 from moesim.metrics import breakdown_s
-from moesim.metrics.band import relative_band
+from moesim.metrics.band import relative_band, step_band
 from moesim.plan.context import Choice, Context
 from moesim.plan.outcome import Outcome, model_flops
 from moesim.plan.played import Played
@@ -142,7 +142,7 @@ def train_outcome(
         step_s=run.step_s,
         tokens_per_s=n_tokens / run.step_s,
         mfu=np.asarray(flops / (run.step_s * peak)),
-        band_fraction=relative_band(run.family_s(), run.step_s, carried=not calibrated),
+        band_fraction=step_band(relative_band(run.family_s(), run.step_s, carried=not calibrated)),
         imbalance=run.forward.rank_imbalance,
         dropped_fraction=run.forward.dropped_fraction,
         category_s=run.category_s(),

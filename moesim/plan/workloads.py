@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moesim.hardware.cluster import Cluster
-from moesim.metrics.band import relative_band
+from moesim.metrics.band import relative_band, step_band
 from moesim.plan.context import Choice, Context
 from moesim.plan.outcome import Outcome, model_flops
 from moesim.plan.steps import Pass, run_pass
@@ -20,7 +20,9 @@ __all__ = ["Sizes", "decode_outcome", "memory_of", "prefill_outcome", "serve_out
 
 Sizes = Mapping[str, FloatArray]
 
-HOW_MIXED = "tpot = decode steps, some of which carry a piece of a prompt; ttft = wait and the steps of a prompt"
+HOW_MIXED = (
+    "tpot = decode steps, some of which carry a piece of a prompt; ttft = wait and the steps of a prompt"
+)
 HOW_APART = "tpot = decode steps and the prompts run between them; ttft = wait and prefill"
 
 
@@ -53,7 +55,7 @@ def decode_outcome(
         step_s=one.period_s,
         tokens_per_s=n_tokens / one.period_s,
         mfu=_mfu(case, flops, one.period_s),
-        band_fraction=_band(one, one.period_s),
+        band_fraction=step_band(_band(one, one.period_s)),
         tpot_s=one.period_s,
         imbalance=one.rank_imbalance,
         dropped_fraction=one.dropped_fraction,
@@ -81,7 +83,7 @@ def prefill_outcome(
         step_s=one.latency_s,
         tokens_per_s=n_tokens / one.period_s,
         mfu=_mfu(case, flops, one.period_s),
-        band_fraction=_band(one, one.latency_s),
+        band_fraction=step_band(_band(one, one.latency_s)),
         ttft_s=one.latency_s,
         imbalance=one.rank_imbalance,
         dropped_fraction=one.dropped_fraction,
@@ -150,7 +152,7 @@ def serve_outcome(
         if context.backend.mixes_prefill:
             whole = np.maximum(whole - parts.get(name, np.zeros(1)), 0.0)
         parts[f"prefill {name}"] = whole * busy
-    band = np.hypot(
+    kernels = np.hypot(
         _band(decode, decode_s) * decode_s / tpot_s,
         _band(prefill, prefill.latency_s)[rows.of] * prefill_s / tpot_s,
     )
@@ -161,7 +163,7 @@ def serve_outcome(
         step_s=decode_s,
         tokens_per_s=tokens_per_s,
         mfu=_mfu(decode_case, flops, tpot_s),
-        band_fraction=band,
+        band_fraction=step_band(kernels),
         ttft_s=ttft_s,
         tpot_s=tpot_s,
         imbalance=decode.rank_imbalance,

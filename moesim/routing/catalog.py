@@ -26,7 +26,7 @@ _FIGURES = (
     "zipf_exponent",
     "seed",
 )
-_KEYS = ("name", "kind", "phase", "parameters", "provenance", "quality", "synthetic")
+_KEYS = ("name", "kind", "phase", "models", "parameters", "provenance", "quality", "synthetic")
 
 
 def _folder() -> Path:
@@ -65,7 +65,7 @@ def catalog_routing(name: str) -> SyntheticRouting:
 def read_routing_yaml(file: Path) -> SyntheticRouting:
     """Read a generator from YAML: `kind`, `phase`, `parameters` with values, `provenance`."""
     try:
-        data = YAML(typ="safe", pure=True).load(file)
+        data = YAML(typ="safe").load(file)
         if strange := sorted(map(str, set(data) - set(_KEYS))):
             fix = f"its keys are {', '.join(_KEYS)}"
             raise TraceError("is not a routing description", value=strange[0], fix=fix, place=str(file))
@@ -90,6 +90,19 @@ def read_routing_yaml(file: Path) -> SyntheticRouting:
         raise TraceError("is not a routing description", value=first, place=str(file)) from None
 
 
-def default_routing() -> SyntheticRouting:
-    """Generator used where a scenario names no routing: fitted, works for any model."""
-    return catalog_routing("default")
+def default_routing(model: str | None = None) -> SyntheticRouting:
+    """Generator used where a scenario names no routing: the model's own if the catalog has one, else `default`.
+
+    Parameters
+    ----------
+    model
+        Catalog name of the model; None for the generator that stands for any.
+    """
+    return catalog_routing(_own_generators().get(model or "", "default"))
+
+
+@lru_cache(maxsize=1)
+def _own_generators() -> dict[str, str]:
+    """Generator by model, for those entries that name the models they are to stand for."""
+    entries = ((file.stem, YAML(typ="safe").load(file)) for file in sorted(_folder().glob("*.yaml")))
+    return {str(model): name for name, entry in entries for model in entry.get("models", ())}

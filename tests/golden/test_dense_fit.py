@@ -9,7 +9,7 @@ import pytest
 
 from calibrate.fit import attention as fit_attention
 from calibrate.fit import gemm as fit_gemm
-from calibrate.fit.common import ape_stats
+from calibrate.statistics import ape_stats
 from moesim.cost.attention import attention_decode_s, attention_prefill_s
 from moesim.cost.gemm import gemm_kernel_s
 from moesim.hardware.profile import Family, load_profile
@@ -39,7 +39,9 @@ def test_gemm_parameters_reproduce_the_measurements(shared_data: Path, device, k
     check(predicted, rows.latency_s.to_numpy(), family)
 
 
-@pytest.mark.parametrize("kernel", fit_attention.KERNELS, ids=lambda k: f"{k.op}-{k.implementation}-{k.dtype}")
+@pytest.mark.parametrize(
+    "kernel", fit_attention.KERNELS, ids=lambda k: f"{k.op}-{k.implementation}-{k.dtype}"
+)
 def test_attention_parameters_reproduce_the_measurements(shared_data: Path, kernel):
     family = load_profile("h200-sxm").family(kernel.op, kernel.implementation, kernel.dtype)
     rows = fit_attention.load_rows(shared_data, kernel)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from calibrate.fit.common import ape_stats, fit_log_least_squares, grouped_folds
+from calibrate.fit.common import fit_log_least_squares, grouped_folds
 from calibrate.fit.moe_ffn import FAMILIES, MeasuredRows, main, rows_of, sample_rows, tokens_per_expert_of_row
+from calibrate.statistics import ape_stats
 from moesim.hardware.catalog import load_gpu
 from moesim.hardware.profile import load_profile
 

@@ -140,9 +140,19 @@ SCENARIOS = {
     "empty": (write("# nothing yet\n"), RUN, "bad.yaml:1:1:", "empty"),
     "a list": (write("- model: mixtral-8x7b\n"), RUN, "bad.yaml:1:1:", "mapping"),
     "not text": (raw("bad.yaml", b"model: \xff\xfe\n"), RUN, "bad.yaml:1:8:", "UTF-8"),
-    "several values in a run": (changed("context: 1000", "context: [1000, 2000]"), RUN, "bad.yaml:4:", "context"),
+    "several values in a run": (
+        changed("context: 1000", "context: [1000, 2000]"),
+        RUN,
+        "bad.yaml:4:",
+        "context",
+    ),
     "workload kind": (changed("decode", "decoding"), RUN, "bad.yaml:4:", "did you mean decode"),
-    "workload key missing": (changed(", context: 1000", ""), RUN, "bad.yaml:4:", "workload.context is missing"),
+    "workload key missing": (
+        changed(", context: 1000", ""),
+        RUN,
+        "bad.yaml:4:",
+        "workload.context is missing",
+    ),
     "batch below one": (changed("batch_per_rank: 16", "batch_per_rank: 0"), RUN, "bad.yaml:4:", "below 1"),
     "two objectives": (
         write(GOOD + "minimise: tpot\nmaximise: mfu\n"),
@@ -187,7 +197,10 @@ TRACES = {
 }  # fmt: skip
 
 LAYOUTS = {
-    "ep does not divide": (("--set", "layout.ep=3"), "'ep=3 etp=1': ep x etp must divide tp x dp = 8; fix: try ep=8"),
+    "ep does not divide": (
+        ("--set", "layout.ep=3"),
+        "'ep=3 etp=1': ep x etp must divide tp x dp = 8; fix: try ep=8",
+    ),
     "tp does not divide heads": (("--set", "layout={tp: 24}", "--set", "cluster.nodes=3"), "tp=24"),
     "pp above layers": (
         ("--set", "layout={pp: 64, tp: 1}", "--set", "cluster.nodes=8"),
@@ -196,7 +209,10 @@ LAYOUTS = {
     "redundant experts do not divide": (("--set", "layout.redundant_experts=3"), "try redundant_experts=8"),
     "more GPUs than there are": (("--set", "layout={tp: 8, dp: 4}"), "takes 32 GPUs"),
     "experts of a dense model": (("--set", "model=llama-3.1-8b"), "dense"),
-    "width of experts": (("--set", "layout={tp: 8, ep: 1, etp: 6, dp: 3}", "--set", "cluster.nodes=3"), "etp"),
+    "width of experts": (
+        ("--set", "layout={tp: 8, ep: 1, etp: 6, dp: 3}", "--set", "cluster.nodes=3"),
+        "etp",
+    ),
 }
 
 OVERRIDES = {

@@ -68,7 +68,9 @@ def test_many_rows_are_bound_by_multiplying():
 def test_four_bit_weights_help_only_where_weights_are_read():
     few, many = np.array([4.0, 8192.0])
     assert seconds(few, 16384, 16384, dtype="w4a16_mxfp4") < 0.5 * seconds(few, 16384, 16384)
-    assert seconds(many, 8192, 8192, dtype="w4a16_mxfp4") == pytest.approx(seconds(many, 8192, 8192), rel=0.05)
+    assert seconds(many, 8192, 8192, dtype="w4a16_mxfp4") == pytest.approx(
+        seconds(many, 8192, 8192), rel=0.05
+    )
 
 
 def test_a_cut_reduction_fills_the_gpu():

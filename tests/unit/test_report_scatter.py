@@ -22,7 +22,10 @@ def test_page_shows_every_group_and_table_and_escapes_names(tmp_path):
         Compared("two", [2.0], [2.0], ["c"]),
     ]
     path = write_scatter_report(
-        tmp_path / "page.html", "Title & more", {"time [ms]": groups}, {"Published": [["case"], ["A16 <script>"]]}
+        tmp_path / "page.html",
+        "Title & more",
+        {"time [ms]": groups},
+        {"Published": [["case"], ["A16 <script>"]]},
     )
     text = path.read_text()
     assert "Title &amp; more" in text
