@@ -218,24 +218,37 @@ def _located(file: ScenarioFile, work: Callable[[], T]) -> T:
         raise (file.located(error, key) if key else error) from None
 
 
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C stops, as shells have it."""
+
+
 def main() -> None:
     """Run the command line; an input that is refused is told in one line, exit code 2."""
     try:
-        app(standalone_mode=False)
+        stopped = app(
+            prog_name="moesim", standalone_mode=False
+        )  # the code of an Exit, which is not raised in this mode
     except MoesimError as error:
         sys.stderr.write(f"moesim: {error}\n")
         sys.exit(2)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except typer.Abort:
-        sys.stderr.write("moesim: stopped\n")
-        sys.exit(130)
-    except (OSError, UnicodeError) as error:
+        stopped = INTERRUPTED
+    except OSError as error:
+        said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        sys.stderr.write(f"moesim: {said}\n")
+        sys.exit(2)
+    except UnicodeError as error:
         sys.stderr.write(f"moesim: {error}\n")
         sys.exit(2)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors: an unknown option, a missing argument
-            said = " ".join(str(error.format_message()).split()).rstrip(".")
-            sys.stderr.write(f"moesim: {said}; fix: see moesim --help\n")
+            said = str(error.format_message())
+            if not said.startswith("Usage:"):  # that is the help, where no command is given
+                said = f"moesim: {' '.join(said.split()).rstrip('.')}; fix: see moesim --help"
+            sys.stderr.write(f"{said}\n")
             sys.exit(2)
         raise
+    if stopped == INTERRUPTED:
+        sys.stderr.write("moesim: stopped\n")
+    if stopped:
+        sys.exit(int(stopped))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.price import Pricer
 from moesim.engine.program import Program, Task
+from moesim.engine.recurrence import makespan
 from moesim.work.ops import (
     AllGather,
     AllReduce,
@@ -46,7 +48,41 @@ class TimedStep:
             Join kernels that follow one another on one rank into one task. The times stay the same; a
             planner evaluates a tenth of the tasks.
         """
-        return _Unroller(self, self._segments[fused]).run(layers)
+        return _Unroller(self, self._segments[fused]).run(self._order(layers))
+
+    def makespan_s(self, layers: Container[int] | None = None) -> FloatArray:
+        """(n_points,) time of the step, or of some of its layers, as `makespan` of its program.
+
+        A step of one chain whose collectives hold all ranks needs no recurrence over tasks: from one
+        collective to the next every rank adds up its own times, and the slowest decides when the next starts.
+        """
+        chunks = self._chunks(layers)
+        if chunks is None:
+            return makespan(self.program(layers, fused=True))
+        durations_s, starts = chunks
+        return np.asarray(np.add.reduceat(durations_s, starts, axis=1).max(axis=2).sum(axis=1))
+
+    def _chunks(self, layers: Container[int] | None) -> tuple[FloatArray, list[int]] | None:
+        """(n_points, n_tasks, n_ranks) durations in order and where collectives stand; None where chains meet."""
+        segments = self._segments[True]
+        everyone = (
+            one.micro == 0 and (one.group is None or not one.group.any()) for own in segments for one in own
+        )
+        order = self._order(layers)
+        if not order or not all(everyone):
+            return None
+        runs = [
+            (block, [repeat for _, repeat in run])
+            for block, run in groupby(order, key=lambda place: place[0])
+        ]
+        durations_s = [_run_durations(segments[block], repeats, self.step) for block, repeats in runs]
+        joint = [one.group is not None for block, repeats in runs for _ in repeats for one in segments[block]]
+        starts = [0, *(position for position, together in enumerate(joint) if together and position)]
+        return np.concatenate(durations_s, axis=1), starts
+
+    def _order(self, layers: Container[int] | None) -> list[tuple[int, int]]:
+        blocks = self.step.blocks
+        return [(b, r) for b, r in self.step.order if layers is None or blocks[b].layers[r] in layers]
 
     @cached_property
     def _segments(self) -> tuple[list[list[_Segment]], list[list[_Segment]]]:
@@ -116,6 +152,16 @@ def _continues(segment: _Segment, node: Node, after: tuple[int, ...] | None, pos
     return same and (after is None or after == (position,))
 
 
+def _run_durations(segments: list[_Segment], repeats: list[int], step: Step) -> FloatArray:
+    """(n_points, n_repeats * n_segments, n_ranks) durations of consecutive repeats of one block."""
+    shape = (step.n_points, len(repeats), step.n_ranks)
+    columns = [
+        np.broadcast_to(one.seconds if one.seconds.shape[1] == 1 else one.seconds[:, repeats], shape)
+        for one in segments
+    ]
+    return np.stack(columns, axis=2).reshape(step.n_points, -1, step.n_ranks)
+
+
 class _Unroller:
     """Builds the task list; keeps where each micro-batch's chain stands."""
 
@@ -125,11 +171,9 @@ class _Unroller:
         self.tasks: list[Task] = []
         self.chain: dict[int, int] = {}
 
-    def run(self, layers: Container[int] | None) -> Program:
-        for block_index, repeat in self.step.order:
-            block = self.step.blocks[block_index]
-            if layers is None or block.layers[repeat] in layers:
-                self._add(block, self.segments[block_index], repeat)
+    def run(self, order: Sequence[tuple[int, int]]) -> Program:
+        for block, repeat in order:
+            self._add(self.step.blocks[block], self.segments[block], repeat)
         return Program.trusted(self.step.n_ranks, tuple(self.tasks), self.step.n_points)
 
     def _add(self, block: Block, segments: list[_Segment], repeat: int) -> None:

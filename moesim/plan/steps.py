@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moesim.cost.price import Pricer
-from moesim.engine import Program, Timeline, evaluate, makespan, simulate
+from moesim.engine import Program, Timeline, evaluate, simulate
 from moesim.engine.unroll import TimedStep, time_step
 from moesim.hardware.profile import Family
 from moesim.metrics import breakdown_s
@@ -159,8 +159,7 @@ def run_pass(
     copies = [] if traffic is None else [traffic] * n_overlapped
     step = forward_step(case, micro, copies, everything, with_host=batch.phase != "train")
     timed = time_step(build(step) if build else step, pricer)
-    programs = [timed.program(_held(case, stage), fused=True) for stage in case.stages]
-    stage_s = np.stack([makespan(program) for program in programs])
+    stage_s = np.stack([timed.makespan_s(_held(case, stage)) for stage in case.stages])
     return Pass(
         case, batch, n_micro, timed, stage_s, _hop_s(case, micro, pricer), traffic, step.dropped_fraction
     )

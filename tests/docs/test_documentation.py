@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import runpy
 import shlex
 import sys
 from collections.abc import Iterator
@@ -126,9 +127,11 @@ def test_command(
 
 @pytest.mark.parametrize("block", SNIPPETS, ids=[block.name for block in SNIPPETS])
 def test_snippet(folder: Path, block: Block) -> None:
+    file = folder / "snippet.py"
+    file.write_text(block.text)
     said = io.StringIO()
     with redirect_stdout(said):
-        exec(compile(block.text, block.name, "exec"), {"__name__": "snippet"})
+        runpy.run_path(str(file))
     if block.sample is not None:
         assert said.getvalue() == block.sample
 

@@ -77,6 +77,15 @@ def test_joined_tasks_end_when_single_ones_do(drawn):
     single, joined = step.program(), step.program(fused=True)
     assert len(joined.tasks) < len(single.tasks)
     np.testing.assert_allclose(makespan(joined), makespan(single), rtol=1e-9)
+    np.testing.assert_allclose(step.makespan_s(), makespan(single), rtol=1e-9)
+
+
+@given(drawn=cases, first=st.integers(0, 3), more=st.integers(1, 12))
+@EXAMPLES
+def test_some_layers_take_as_long_by_sums_as_by_the_recurrence(drawn, first, more):
+    step = timed(drawn)
+    layers = frozenset(range(first, first + more))
+    np.testing.assert_allclose(step.makespan_s(layers), makespan(step.program(layers)), rtol=1e-9)
 
 
 @given(drawn=cases)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.cli import main
+from moesim.cli import main, show
 
 WORKLOADS = {
     "decode": "{kind: decode, batch_per_rank: 16, context: 1000}",
@@ -250,6 +250,19 @@ def test_help_names_the_commands(moesim: Callable[..., str]) -> None:
     assert all(name in text for name in ("plan", "run", "explain", "list", "trace", "schema"))
 
 
+@pytest.mark.parametrize("arguments", [(), ("trace",)])
+def test_no_command_at_all_shows_the_help(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["moesim", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("Usage: moesim")
+    assert len(told.splitlines()) > 5
+
+
 def counts(folder: Path) -> str:
     rng = np.random.default_rng(1)
     table = rng.integers(1, 1000, (16, 64))
@@ -335,3 +348,56 @@ def test_a_seed_decides_the_draws(moesim: Callable[..., str], tmp_path: Path, co
     first = told(1)
     assert told(1) == first
     assert imbalances(told(2)) != imbalances(first)
+
+
+def stopped_by(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Exit code of a command that meets an error."""
+
+    def meet(what: str) -> list[dict[str, Any]]:
+        raise error
+
+    monkeypatch.setattr("moesim.cli.show.catalog", meet)
+    monkeypatch.setattr(sys, "argv", ["moesim", "list", "models"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stopped_by(KeyboardInterrupt(), monkeypatch) == 130
+    assert capsys.readouterr().err.strip() == "moesim: stopped"
+
+
+def test_a_disk_that_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stopped_by(PermissionError(13, "Permission denied", "page.html"), monkeypatch) == 2
+    assert capsys.readouterr().err == "moesim: page.html: Permission denied\n"
+
+
+def test_a_reader_that_leaves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stopped_by(BrokenPipeError(32, "Broken pipe"), monkeypatch) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_a_mistake_of_ours_is_not_dressed_up_as_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ZeroDivisionError):
+        stopped_by(ZeroDivisionError(), monkeypatch)
+
+
+def test_progress_is_shown_to_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    with show.bar("pricing layouts", quiet=False) as progress:
+        assert progress is not None
+        progress(0.5)
+    told = capsys.readouterr()
+    assert "pricing layouts" in told.err
+    assert told.out == ""
+    with show.bar("pricing layouts", quiet=True) as progress:
+        assert progress is None
+
+
+def test_numbers_that_are_none_are_null(capsys: pytest.CaptureFixture[str]) -> None:
+    show.json_text({"a": float("nan"), "b": [float("inf"), 1.0], "c": ({"d": None},)})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.0], "c": [{"d": None}]}

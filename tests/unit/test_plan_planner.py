@@ -167,7 +167,7 @@ def test_overrides_of_the_layout() -> None:
 
 
 def test_an_unknown_placement_is_refused_where_it_stands() -> None:
-    with pytest.raises(MoesimError, match="--set layout.placement=spread: 'spread': is unknown"):
+    with pytest.raises(MoesimError, match=r"--set layout\.placement=spread: 'spread': is unknown"):
         planned(override=("layout.placement=spread",))
 
 

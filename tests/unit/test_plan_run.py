@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -205,3 +206,9 @@ def test_a_plan_with_nothing_to_rank() -> None:
     assert answer.plan["layouts"] == []
     assert answer.plan["provenance"] == []
     assert answer.maps == ()
+
+
+def test_an_outcome_that_kept_no_steps_cannot_be_explained() -> None:
+    bare = replace(price_one(asked()), passes={})
+    with pytest.raises(ScenarioError, match="no terms to explain"):
+        explain(bare)
