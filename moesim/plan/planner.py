@@ -169,7 +169,8 @@ class _Search:
     def _hopeless(self, serial: Outcome) -> bool:
         """Whether hiding every exchange of a serial run still leaves its score behind the best `KEPT`.
 
-        Two half batches compute at least as long as one whole batch, so at best the exchanges vanish.
+        Two half batches compute at least as long as one whole batch, so at best the exchanges vanish. That the
+        halves may also even out waiting between ranks is left out: the bound is not strict.
         """
         scores = sorted(one.score for one in self.ranked)
         if len(scores) < KEPT:

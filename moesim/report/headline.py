@@ -43,7 +43,7 @@ KINDS = {
     ),
     "divisibility": ("does not divide", "other sizes of tp, ep or pp"),
     "target": ("misses a target", "a looser target, more GPUs, or faster ones"),
-    "dominated": ("beaten in every respect by another layout", ""),
+    "dominated": ("cannot come near the best", ""),
 }
 """Why a point is out, and what would bring it back; the order of the page."""
 
