@@ -7,7 +7,6 @@ No row of an MoE model is read, so that their errors are errors of a prediction.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,7 @@ ROW_SPREAD = 0.05
 MEANINGS = {
     "step_s": "scheduling, sampling and launch of a step that the device waits for [s]",
     "per_sequence_s": "the same for each running sequence: token handling, output [s]",
-    "request_s": "HTTP, admission and first-token return of a request [s]",
-    "prompt_token_s": "tokenising and admitting one prompt token [s]",
+    "request_s": "HTTP, tokenising, admission and return of the first token of a request [s]",
 }
 
 
@@ -49,25 +47,25 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     table = predict(read_rows(options.data))
     dense = table[(table["skip"] == "") & ~table["is_moe"]].copy()
-    # SGLang's dense rows ran in waves that queue for their prompts: what a request costs is of the other two
-    steady = dense[dense.backend != "sglang"]
-    families = [
-        _family(str(name), part, steady if name == "sglang" else part) for name, part in dense.groupby("host")
-    ]
+    # What a request costs before its first step is the client's and the server's, not the engine's: one figure for
+    # all engines. SGLang's dense rows ran in waves that queue for their prompts, so they are left out of it.
+    request = _fit_request(
+        _without_host(dense[(dense.backend != "sglang") & (dense.concurrency <= FEW_REQUESTS)])
+    )
+    families = [_family(str(name), part, request) for name, part in dense.groupby("host")]
     for device in DEVICES:
         write_fragment(options.out / f"{device}.host.yaml", device, families)
     return 0
 
 
-def _family(name: str, rows: pd.DataFrame, asked: pd.DataFrame) -> dict[str, Any]:
+def _family(name: str, rows: pd.DataFrame, asked: tuple[float, float]) -> dict[str, Any]:
     """Fit one engine and hold out each of its models in turn."""
     bare = _without_host(rows)
     used = bare[bare.decode_s / bare.tpot_pred_s > 1 - DECODE_BOUND]
     step, step_error = _fit_step(used)
     stats = ape_stats(_held_out(used), used.tpot_s)
-    few = _without_host(asked[asked.concurrency <= FEW_REQUESTS])
-    request, request_error = _fit(_request_residual, few, (5e-2, 1e-5), (1.0, 1e-3))
-    values = zip(MEANINGS, (*step, *request), (*step_error, *request_error), strict=True)
+    request, request_error = asked
+    values = zip(MEANINGS, (*step, request), (*step_error, request_error), strict=True)
     return {
         "op": "host",
         "implementation": name,
@@ -79,7 +77,8 @@ def _family(name: str, rows: pd.DataFrame, asked: pd.DataFrame) -> dict[str, Any
             "kind": "fitted",
             "data": "AIConfigurator silicon database @095f58a51 (Apache-2.0): end-to-end serving of "
             f"{', '.join(sorted(m.split('/')[-1] for m in rows.model.unique()))} on H100 and H200, rows whose "
-            "time is mostly decode; no MoE model",
+            "time is mostly decode; no MoE model. request_s: time to first token of vLLM's and TensorRT-LLM's "
+            f"dense rows with {FEW_REQUESTS} requests or fewer, waiting for one another's prompts included",
             "n_points": len(used),
         },
         "held_out": {
@@ -111,7 +110,7 @@ def _without_host(rows: pd.DataFrame) -> pd.DataFrame:
     for (system, host), part in rows.groupby(["system", "host"]):
         now = load_profile(str(system)).family("host", str(host)).values()
         step_s = now["step_s"] + now["per_sequence_s"] * part.batch_per_rank
-        request_s = now.get("request_s", 0.0) + now.get("prompt_token_s", 0.0) * part.prompt
+        request_s = now.get("request_s", 0.0)
         bare.loc[part.index, "tpot_pred_s"] -= step_s
         bare.loc[part.index, "decode_s"] -= step_s
         bare.loc[part.index, "ttft_pred_s"] -= request_s
@@ -162,21 +161,17 @@ def _fit_terms(rows: pd.DataFrame, kept: NDArray[np.bool_]) -> tuple[FloatArray,
     return both[0] * [1e-3, 1e-6], both[1] * [1e-3, 1e-6]
 
 
-def _request_residual(x: FloatArray, rows: pd.DataFrame) -> FloatArray:
-    predicted = rows.ttft_pred_s + x[0] + x[1] * rows.prompt
-    return np.asarray(np.log(predicted.to_numpy(float) / rows.ttft_s.to_numpy(float)))
+def _fit_request(rows: pd.DataFrame) -> tuple[float, float]:
+    """What a request costs before its first step, with its standard error [s]."""
 
+    def residual(x: FloatArray) -> FloatArray:
+        predicted = rows.ttft_pred_s.to_numpy(float) + x[0]
+        return np.asarray(np.log(predicted / rows.ttft_s.to_numpy(float)))
 
-def _fit(
-    residual: Callable[..., FloatArray],
-    rows: pd.DataFrame,
-    start: tuple[float, float],
-    top: tuple[float, float],
-) -> tuple[FloatArray, FloatArray]:
     found = least_squares(
-        residual, start, bounds=([0.0, 0.0], top), args=(rows,), loss="soft_l1", f_scale=0.1, x_scale=start
+        residual, [5e-2], bounds=([0.0], [1.0]), loss="soft_l1", f_scale=0.1, x_scale=[5e-2]
     )
-    return np.asarray(np.where(found.x < 1e-9, 0.0, found.x)), _stderr(found, rows)
+    return float(found.x[0]), float(_stderr(found, rows)[0])
 
 
 def _stderr(found: Any, rows: pd.DataFrame) -> FloatArray:

@@ -118,7 +118,8 @@ def _mixtral(config: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
         "batch_per_rank": batches,
         **{key: np.full(len(batches), value) for key, value in lengths.items()},
     }
-    memory = memory_of("serve", context.case(cluster, layout, Choice(), "decode"), tried)
+    case = context.case(cluster, layout, Choice(), "decode")
+    memory = memory_of("serve", case, tried, context.busiest(case))
     batch = batches[memory["total"] <= memory["capacity"]].max()
     sizes = _sizes(batch_per_rank=batch, **lengths)
     outcome = serve_outcome(context, cluster, layout, Choice(), sizes)

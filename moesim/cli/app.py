@@ -213,8 +213,8 @@ def _located(file: ScenarioFile, work: Callable[[], T]) -> T:
         return work()
     except MoesimError as error:
         key = _KEYS.get(type(error).__name__)
-        if error.place is not None and error.place == key:
-            raise error.at(file.place(key)) from None
+        if error.place is not None and error.place in (key, "policy.dispatch"):
+            raise error.at(file.place(error.place)) from None
         raise (file.located(error, key) if key else error) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
@@ -51,8 +53,13 @@ __all__ = [
 _CATALOGS = ("models", "gpus", "clusters", "scenarios", "routing")
 
 
+PIPE_COLUMNS = 110
+"""Width of what goes to a file or a pipe, where there is no terminal to ask."""
+
+
 def _console() -> Console:
-    return Console(soft_wrap=False)
+    asked = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(soft_wrap=False, width=None if asked else PIPE_COLUMNS)
 
 
 @contextmanager
@@ -103,10 +110,12 @@ def plan(told: Mapping[str, Any], top: int) -> None:
     out = _console()
     if told["layouts"]:
         out.print(plan_table(told, limit=top))
+        out.print("[dim]+n: redundant experts a layer; the band is in brackets[/dim]", highlight=False)
     else:
         out.print("No layout fits the scenario.")
     if told["ruled_out"]:
         out.print(ruled_out_table(told))
+    _warn(out, told)
     out.print(
         f"{told['n_evaluated']:,} points of {told['n_layouts']} layouts in {told['elapsed_s']:.1f} s "
         f"({told['points_per_cpu_s']:.0f} per CPU second)."
@@ -115,10 +124,16 @@ def plan(told: Mapping[str, Any], top: int) -> None:
         out.print(f"Report: {told['report']}")
 
 
+def _warn(out: Console, told: Mapping[str, Any]) -> None:
+    for line in told.get("warnings") or ():
+        out.print(f"[yellow]Warning:[/yellow] {escape(line)}", highlight=False)
+
+
 def run(told: Mapping[str, Any]) -> None:
     """One result."""
     out = _console()
     out.print(run_table(told))
+    _warn(out, told)
     for key in ("report", "timeline"):
         if key in told:
             out.print(f"{key.capitalize()}: {told[key]}")
@@ -324,6 +339,13 @@ def imported(source: Path, output: Path, format_: str, model: str | None) -> dic
         if trace.n_experts != moe.n_experts:
             raise TraceError(
                 f"{spec.name} has {moe.n_experts} experts", value=trace.n_experts, place=str(source)
+            )
+        if trace.is_token_level and trace.n_layers != len(spec.moe_layers):
+            raise TraceError(
+                f"{spec.name} has {len(spec.moe_layers)} MoE layers",
+                value=trace.n_layers,
+                place=str(source),
+                fix="name the model that was recorded",
             )
         trace = replace(trace, model=spec.name, top_k=moe.top_k if trace.top_k is None else trace.top_k)
     trace.check()

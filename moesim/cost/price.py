@@ -18,8 +18,16 @@ from moesim.errors import ProfileError
 from moesim.hardware.cluster import Cluster
 from moesim.hardware.gpu import Gpu
 from moesim.hardware.profile import Family, Profile
-from moesim.network.collectives import all_gather_s, all_reduce_s, reduce_scatter_s, send_recv_s
-from moesim.network.exchange import combine_s, dispatch_s
+from moesim.network.collectives import (
+    all_gather_s,
+    all_reduce_families,
+    all_reduce_s,
+    collective_levels,
+    reduce_scatter_s,
+    send_level,
+    send_recv_s,
+)
+from moesim.network.exchange import combine_s, dispatch_s, exchange_families, exchange_way
 from moesim.network.params import NetworkParams
 from moesim.work.case import Case
 from moesim.work.ops import (
@@ -49,14 +57,15 @@ MEMO_ELEMENTS = 256
 
 @dataclass(frozen=True)
 class GroupShape:
-    """Ranks of one communication group, and how many of them share a scale-up domain."""
+    """Ranks of one communication group, and how many of them reach each other without a NIC."""
 
     n_ranks: int
     ranks_per_domain: int
+    """Ranks of it that share a scale-up domain; without NVLink, a host."""
 
     @property
     def crosses_domains(self) -> bool:
-        """Whether some of its traffic leaves the scale-up domain."""
+        """Whether some of its traffic leaves the domain, or without NVLink the host."""
         return self.ranks_per_domain < self.n_ranks
 
 
@@ -88,13 +97,13 @@ class Pricer:
         gpu = self.cluster.gpu
         if self.case.overlap == "none" or self.case.dispatch in ("allreduce", "allgather"):
             return gpu
-        left = gpu.n_sms - self.network.sms_taken(self.case.dispatch)
+        left = gpu.n_sms - self.network.sms_taken(self._way(self.case.dispatch))
         rates = {unit: rate * left / gpu.n_sms for unit, rate in gpu.flops_per_s.items()}
         return gpu.model_copy(update={"n_sms": left, "flops_per_s": rates})
 
     def group(self, name: str) -> GroupShape:
         """Size and spread of a group: ``tp``, ``etp``, ``ep``, ``tp_ep``, ``dp``, ``edp`` or ``pp``."""
-        layout, domain = self.case.layout, self.cluster.scale_up_ranks
+        layout, domain = self.case.layout, self.cluster.near_ranks
         n_ranks, stride = {
             "tp": (layout.tp, 1),
             "etp": (layout.etp, 1),
@@ -105,6 +114,16 @@ class Pricer:
             "pp": (layout.pp, layout.tp * layout.dp),
         }[name]
         return GroupShape(n_ranks, min(n_ranks, max(1, domain // stride)))
+
+    def link(self, name: str) -> str:
+        """Link that a group shares with others: ``nvlink``, ``nic``, or ``pcie`` in a host without NVLink."""
+        if self.group(name).crosses_domains and self.cluster.nic_bytes_per_s > 0:
+            return "nic"
+        return "nvlink" if self.cluster.gpu.nvlink_bytes_per_s > 0 else "pcie"
+
+    def _way(self, kind: str) -> str:
+        """Library that serves the case's exchanges."""
+        return exchange_way(kind, cluster=self.cluster, **self._spread("ep"))
 
     def _spread(self, name: str) -> dict[str, int]:
         """A group's size and how many of it share a domain: an expert's shards stand between its peers."""
@@ -136,23 +155,31 @@ class Pricer:
                 return self._network_families(op)
 
     def _network_families(self, op: Op) -> tuple[Family, ...]:
-        """Families of a collective; those of the levels it crosses, and of the engine's own kernel."""
-        find = self.profile.family
-        if isinstance(op, Dispatch | Combine):
-            if op.kind == "nccl":
-                return (find("all_to_all", "nccl"),)
-            way = "ep_dispatch" if isinstance(op, Dispatch) else "ep_combine"
-            return (find(way, f"deepep-{op.kind}"),)
-        if isinstance(op, SendRecv):
-            return (find("send_recv", "nccl"),)
-        name = {AllReduce: "all_reduce", AllGather: "all_gather"}.get(type(op), "reduce_scatter")
-        crosses = (
-            isinstance(op, AllReduce | AllGather | ReduceScatter) and self.group(op.group).crosses_domains
-        )
-        families = (find(name, "nccl", "bfloat16"),)
-        if crosses:
-            return (*families, find("inter_node", "nccl"))
-        return (find(name, self.backend.all_reduce), *families) if name == "all_reduce" else families
+        """Families of a collective: those of the kernel and of the levels that price it."""
+        return tuple(self.profile.family(*name, "bfloat16") for name in self._network_names(op))
+
+    def _network_names(self, op: Op) -> tuple[tuple[str, str], ...]:
+        cluster = self.cluster
+        match op:
+            case Dispatch() | Combine():
+                return exchange_families(op, cluster=cluster, **self._spread(op.group))
+            case SendRecv():
+                return ((send_level(not self.group(op.group).crosses_domains, cluster), "nccl"),)
+            case AllReduce():
+                return all_reduce_families(
+                    op.payload_bytes,
+                    cluster=cluster,
+                    params=self.network,
+                    backend=self.backend.all_reduce,
+                    **self._spread(op.group),
+                )
+            case AllGather() | ReduceScatter():
+                name = "all_gather" if isinstance(op, AllGather) else "reduce_scatter"
+                shape = self.group(op.group)
+                levels = collective_levels(name, shape.n_ranks, shape.ranks_per_domain, cluster)
+                return tuple((level, "nccl") for level in levels)
+            case _:
+                raise ProfileError(f"no cost is known for a {type(op).__name__}")
 
     def _expert_family(self, op: ExpertFfn) -> Family:
         if op.deepep_layout and op.dtype == "fp8_block":

@@ -138,7 +138,7 @@ def _block_segments(
             segments[last].category = "fused"
         else:
             group = None if alone else groups[name or ""]
-            link = None if alone else "nic" if pricer.group(name or "").crosses_domains else "nvlink"
+            link = None if alone else pricer.link(name or "")
             segments.append(
                 _Segment(node.name, node.stream, node.micro, after, one, group, node.category, link)
             )

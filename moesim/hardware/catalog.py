@@ -141,7 +141,7 @@ def load_cluster(
     nodes, gpus_per_node
         Size.
     scale_up_ranks
-        GPUs in one NVLink domain; 1 = none.
+        GPUs in one NVLink domain; 1 = none, so GPUs of a host speak over PCIe.
     nic_bytes_per_s
         Network rate of one GPU, per direction [bytes/s].
     nic_latency_s
@@ -170,6 +170,9 @@ def load_cluster(
     domain = {"node": size, "none": 1}.get(str(file.scale_up), file.scale_up)
     if scale_up_ranks is not None:
         domain = scale_up_ranks
+    if int(domain) == 1 and size > 1:
+        # nobody at the other end of its NVLink
+        chip = chip.model_copy(update={"nvlink_bytes_per_s": 0.0})
     return Cluster(
         gpu=chip,
         nodes=n_nodes,

@@ -36,6 +36,11 @@ class Cluster(BaseModel):
         """GPUs in the whole cluster."""
         return self.nodes * self.gpus_per_node
 
+    @property
+    def near_ranks(self) -> int:
+        """GPUs that reach each other without a NIC: a scale-up domain, or without NVLink a host (over PCIe)."""
+        return self.scale_up_ranks if self.gpu.nvlink_bytes_per_s > 0 else self.gpus_per_node
+
     def domain_of(self, rank: int) -> int:
         """Scale-up domain that a rank is in."""
         return rank // self.scale_up_ranks

@@ -157,13 +157,14 @@ def _read(path: Path) -> Profile:
         raise ProfileError(f"{where}: {first['msg']}", place=path.name) from error
 
 
-RELATIVES = {"h800-sxm": "h100-sxm"}
-"""Nearest measured device of those never measured; the H200 stands in for all others."""
+RELATIVE = "h200-sxm"
+"""Measured device whose efficiencies stand in for a GPU never measured, the H800 too: the H100's profile holds the
+congestion of the one cluster that it was measured on (docs/fits/collectives.md)."""
 
 
 @cache
 def profile_for(gpu: str, folder: Path = CATALOG) -> Profile:
-    """Profile of a GPU: its own, or its nearest measured relative's efficiencies, marked as carried over.
+    """Profile of a GPU: its own, or a measured relative's efficiencies, marked as carried over.
 
     Raises
     ------
@@ -172,5 +173,5 @@ def profile_for(gpu: str, folder: Path = CATALOG) -> Profile:
     """
     if any(folder.glob(f"{gpu}.*yaml")):
         return load_profile(gpu, folder)
-    relative = load_profile(RELATIVES.get(gpu, "h200-sxm"), folder)
+    relative = load_profile(RELATIVE, folder)
     return relative.model_copy(update={"device": gpu, "carried_from": relative.device})

@@ -23,8 +23,8 @@ from moesim.network.traffic import checked_bytes, checked_group, smooth_min
 from moesim.work.ops import FloatArray
 
 __all__ = [
-    "all_gather_s", "all_reduce_s", "all_to_all_s", "custom_all_reduce_s", "nccl_one_node_s", "reduce_scatter_s",
-    "send_recv_s", "wire_bytes",
+    "all_gather_s", "all_reduce_families", "all_reduce_s", "all_to_all_s", "collective_levels", "custom_all_reduce_s",
+    "nccl_curve_s", "nccl_one_node_s", "reduce_scatter_s", "send_level", "send_recv_s", "wire_bytes",
 ]  # fmt: skip
 
 NCCL_LINES = ("ll", "ll128", "simple")
@@ -57,6 +57,14 @@ def nccl_one_node_s(
     payload = np.asarray(payload_bytes, dtype=np.float64)
     if n_ranks == 1:
         return np.zeros_like(payload)
+    time_s = nccl_curve_s(op, payload, n_ranks=n_ranks, link_bytes_per_s=link_bytes_per_s, values=values)
+    return np.where(payload > 0, time_s, 0.0)
+
+
+def nccl_curve_s(
+    op: str, payload: FloatArray, *, n_ranks: int, link_bytes_per_s: float, values: Values
+) -> FloatArray:
+    """The same of 2 ranks and more, no bytes included, which cost a start."""
     wire = wire_bytes(op, payload, n_ranks)
     lines = [_line_s(name, wire, n_ranks, link_bytes_per_s, values) for name in NCCL_LINES]
     floor_s = wire / link_bytes_per_s
@@ -65,8 +73,7 @@ def nccl_one_node_s(
         switched = payload * (1 + 1 / n_ranks)
         lines.append(_line_s(_SWITCHED, switched, n_ranks, link_bytes_per_s, values))
         floor_s = np.minimum(floor_s, switched / link_bytes_per_s)
-    time_s = np.maximum(smooth_min(lines, _SHARPNESS), floor_s)
-    return np.where(payload > 0, time_s, 0.0)
+    return np.maximum(smooth_min(lines, _SHARPNESS), floor_s)
 
 
 def _line_s(name: str, wire: FloatArray, n_ranks: int, link_bytes_per_s: float, values: Values) -> FloatArray:
@@ -122,7 +129,7 @@ def all_reduce_s(
     n_ranks
         Ranks in the group.
     ranks_per_node_in_group
-        How many of them share a scale-up domain.
+        How many of them share a scale-up domain, or without NVLink a host.
     cluster, params
         Links, and what is known of their use.
     backend
@@ -143,15 +150,51 @@ def all_reduce_s(
         raise TrafficError("is no all-reduce", value=backend, fix=f"use nccl or one of {CUSTOM_ALL_REDUCE}")
     arguments = (n_ranks, ranks_per_node_in_group, cluster, params)
     library_s = _collective_s("all_reduce", payload_bytes, *arguments)
-    in_domain = ranks_per_node_in_group >= n_ranks and cluster.gpu.nvlink_bytes_per_s > 0
-    if backend == "nccl" or not in_domain:
-        return library_s
-    values = params.custom[backend]
+    return np.minimum(_engine_kernel_s(payload_bytes, *arguments, backend), library_s)
+
+
+def _engine_kernel_s(
+    payload_bytes: ArrayLike,
+    n_ranks: int,
+    per_node: int,
+    cluster: Cluster,
+    params: NetworkParams,
+    backend: str,
+) -> FloatArray:
+    """Time of the engine's own kernel; infinite where it does not run."""
     payload = np.asarray(payload_bytes, dtype=np.float64)
-    custom_s = custom_all_reduce_s(
-        payload, n_ranks=n_ranks, link_bytes_per_s=cluster.gpu.nvlink_bytes_per_s, values=values
-    )
-    return np.where(payload <= values["max_bytes"], np.minimum(custom_s, library_s), library_s)
+    link = cluster.gpu.nvlink_bytes_per_s
+    if backend == "nccl" or per_node < n_ranks or link == 0:
+        return np.full_like(payload, np.inf)
+    values = params.custom[backend]
+    own_s = custom_all_reduce_s(payload, n_ranks=n_ranks, link_bytes_per_s=link, values=values)
+    return np.where(payload <= values["max_bytes"], own_s, np.inf)
+
+
+def all_reduce_families(
+    payload_bytes: ArrayLike,
+    *,
+    n_ranks: int,
+    ranks_per_node_in_group: int,
+    cluster: Cluster,
+    params: NetworkParams,
+    backend: str = "vllm-custom",
+) -> tuple[tuple[str, str], ...]:
+    """(operator, implementation) of the families that price an all-reduce, that of most sizes first.
+
+    Arguments and errors as `all_reduce_s`.
+    """
+    arguments = (n_ranks, ranks_per_node_in_group, cluster, params)
+    levels = collective_levels("all_reduce", n_ranks, ranks_per_node_in_group, cluster)
+    library = tuple((level, "nccl") for level in levels)
+    library_s = _collective_s("all_reduce", payload_bytes, *arguments)
+    own = float(np.mean(_engine_kernel_s(payload_bytes, *arguments, backend) <= library_s))
+    if n_ranks == 1 or own == 0:
+        return library
+    kernel = (("all_reduce", backend),)
+    if own == 1:
+        return kernel
+    return (*kernel, *library) if own >= 0.5 else (*library, *kernel)
 
 
 def all_gather_s(
@@ -193,6 +236,27 @@ def all_to_all_s(
     return _collective_s("all_to_all", payload_bytes, n_ranks, ranks_per_node_in_group, cluster, params)
 
 
+def collective_levels(op: str, n_ranks: int, per_node: int, cluster: Cluster) -> tuple[str, ...]:
+    """NCCL's families that price a collective: its own or ``pcie`` in a node, ``inter_node`` between nodes.
+
+    Parameters
+    ----------
+    op
+        As in `wire_bytes`.
+    n_ranks, per_node
+        Ranks of the group, and how many of them share a scale-up domain, or without NVLink a host.
+    cluster
+        Links.
+    """
+    crosses = per_node < n_ranks
+    if crosses and cluster.nic_bytes_per_s == 0:
+        return ("pcie",)
+    local = op if cluster.gpu.nvlink_bytes_per_s > 0 else "pcie"
+    if not crosses:
+        return (local,)
+    return ("inter_node",) if per_node == 1 else (local, "inter_node")
+
+
 def _collective_s(
     op: str, payload_bytes: ArrayLike, n_ranks: int, per_node: int, cluster: Cluster, params: NetworkParams
 ) -> FloatArray:
@@ -200,11 +264,13 @@ def _collective_s(
     checked_group(n_ranks, per_node, cluster)
     per_node = min(per_node, n_ranks)
     n_nodes = ceil(n_ranks / per_node)
-    local_s = _local_s(op, _local_payload(op, payload, per_node, n_ranks), per_node, cluster, params)
-    if n_nodes == 1:
-        return local_s
-    if cluster.nic_bytes_per_s == 0:
+    levels = collective_levels(op, n_ranks, per_node, cluster)
+    if levels == ("pcie",):
         return _through_host_s(op, payload, n_ranks, cluster, params)
+    near = _local_payload(op, payload, per_node, n_ranks)
+    local_s = _local_s(op, levels[0], near, per_node, cluster, params)
+    if "inter_node" not in levels:
+        return local_s
     values = params.nccl["inter_node"]
     rate = values["nic_rate_fraction"] * cluster.nic_bytes_per_s / cluster.uplink_oversubscription
     remote_s = _remote_wire(op, payload, n_nodes, per_node, n_ranks) / rate
@@ -232,13 +298,13 @@ def _remote_wire(op: str, payload: FloatArray, n_nodes: int, per_node: int, n_ra
 
 
 def _local_s(
-    op: str, payload: FloatArray, n_ranks: int, cluster: Cluster, params: NetworkParams
+    op: str, level: str, payload: FloatArray, n_ranks: int, cluster: Cluster, params: NetworkParams
 ) -> FloatArray:
     if n_ranks == 1:
         return np.zeros_like(payload)
-    link = cluster.gpu.nvlink_bytes_per_s
-    if link == 0:
+    if level == "pcie":
         return _through_host_s(op, payload, n_ranks, cluster, params)
+    link = cluster.gpu.nvlink_bytes_per_s
     return nccl_one_node_s(op, payload, n_ranks=n_ranks, link_bytes_per_s=link, values=params.nccl[op])
 
 
@@ -246,11 +312,20 @@ def _through_host_s(
     op: str, payload: FloatArray, n_ranks: int, cluster: Cluster, params: NetworkParams
 ) -> FloatArray:
     """Ring over PCIe, where there is no NVLink (or no NIC): each rank's own port carries its wire bytes."""
+    if n_ranks == 1:
+        return np.zeros_like(payload)
     values = params.nccl["pcie"]
     rounds = 2 if op == "all_reduce" else 1
     latency_s = values["start_s"] + rounds * (n_ranks - 1) * values["step_s"]
     rate = values["rate_fraction"] * cluster.gpu.pcie_bytes_per_s
     return np.where(payload > 0, latency_s + wire_bytes(op, payload, n_ranks) / rate, 0.0)
+
+
+def send_level(same_domain: bool, cluster: Cluster) -> str:
+    """NCCL's family that prices a send: ``send_recv`` over NVLink, ``pcie`` or ``inter_node``."""
+    if same_domain and cluster.gpu.nvlink_bytes_per_s > 0:
+        return "send_recv"
+    return "pcie" if same_domain or cluster.nic_bytes_per_s == 0 else "inter_node"
 
 
 def send_recv_s(
@@ -263,7 +338,7 @@ def send_recv_s(
     payload_bytes : broadcastable to (n_points, n_layers, n_ranks)
         Sent by each rank [bytes].
     same_domain
-        Both ranks in one scale-up domain.
+        Both ranks in one scale-up domain, or without NVLink in one host.
     cluster, params
         Links, and what is known of their use.
 
@@ -278,17 +353,15 @@ def send_recv_s(
         If bytes are negative or not finite.
     """
     payload = checked_bytes(payload_bytes, "payload")
-    values = params.nccl["send_recv"]
-    gpu = cluster.gpu
-    if same_domain and gpu.nvlink_bytes_per_s > 0:
+    level, gpu = send_level(same_domain, cluster), cluster.gpu
+    values = params.nccl[level]
+    if level == "send_recv":
         time_s = values["nvlink_start_s"] + payload / (
             values["nvlink_rate_fraction"] * gpu.nvlink_bytes_per_s
         )
-    elif same_domain or cluster.nic_bytes_per_s == 0:
-        pcie = params.nccl["pcie"]
-        time_s = pcie["start_s"] + payload / (pcie["rate_fraction"] * gpu.pcie_bytes_per_s)
+    elif level == "pcie":
+        time_s = values["start_s"] + payload / (values["rate_fraction"] * gpu.pcie_bytes_per_s)
     else:
-        inter = params.nccl["inter_node"]
-        rate = inter["nic_rate_fraction"] * cluster.nic_bytes_per_s / cluster.uplink_oversubscription
-        time_s = inter["start_s"] + cluster.nic_latency_s + inter["hop_s"] + payload / rate
+        rate = values["nic_rate_fraction"] * cluster.nic_bytes_per_s / cluster.uplink_oversubscription
+        time_s = values["start_s"] + cluster.nic_latency_s + values["hop_s"] + payload / rate
     return np.where(payload > 0, time_s, 0.0)

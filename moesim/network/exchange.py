@@ -8,21 +8,22 @@ errors: docs/fits/collectives.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, log2
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesim.errors import TrafficError
 from moesim.hardware.cluster import Cluster
-from moesim.network.collectives import all_to_all_s
+from moesim.network.collectives import nccl_curve_s
 from moesim.network.params import NetworkParams, Values
 from moesim.network.traffic import checked_bytes, checked_group, hit_fraction, smooth_max
 from moesim.work.ops import Combine, Dispatch, Exchange, FloatArray
 
 __all__ = [
-    "ExchangeTerms", "LinkName", "bounding_link", "combine_s", "dispatch_s", "exchange_terms", "low_latency_terms",
-    "normal_terms",
+    "ExchangeTerms", "LinkName", "bounding_link", "combine_s", "dispatch_s", "exchange_families", "exchange_terms",
+    "exchange_way", "low_latency_terms", "normal_terms",
 ]  # fmt: skip
 
 LinkName = Literal["nvlink", "nic", "latency"]
@@ -67,15 +68,15 @@ def dispatch_s(
     Parameters
     ----------
     op
-        Copies that each rank sends and receives, its own not counted. Low latency: one per (token, expert).
-        Normal: over NVLink one per (token, rank), what a rank forwards included; over NICs one per
-        (token, domain). NCCL: one per (token, rank).
+        Copies that each rank sends and receives, its own not counted, as `moesim.work.ops.Exchange` counts
+        them for the operator's kind.
     cluster, params
         Links, and what is known of their use.
     n_ranks
         Ranks of the exchange; by default the last axis of the operator's arrays.
     ranks_per_node_in_group
-        How many of them share a scale-up domain; by default as many as fit, ranks being neighbours.
+        How many of them share a scale-up domain, or without NVLink a host; by default as many as fit, ranks
+        being neighbours.
 
     Returns
     -------
@@ -149,19 +150,42 @@ def exchange_terms(
     """Parts of an exchange's time; arguments and errors as `dispatch_s`."""
     copies = _checked_copies(op, cluster)
     ranks = _ranks_of(op, n_ranks)
-    per_domain = min(ranks, ranks_per_node_in_group or cluster.scale_up_ranks)
+    per_domain = min(ranks, ranks_per_node_in_group or cluster.near_ranks)
     checked_group(ranks, per_domain, cluster)
     if ranks == 1:
         zero = np.zeros(np.broadcast_shapes(*(part.shape for part in copies)))
         return ExchangeTerms(zero, zero, zero, zero, zero)
-    if op.kind == "nccl":
+    way = exchange_way(op.kind, cluster=cluster, n_ranks=ranks, ranks_per_node_in_group=per_domain)
+    if way == "nccl":
         return _nccl_terms(op, cluster, params, ranks, per_domain)
-    families = params.combine if isinstance(op, Combine) else params.dispatch
-    if cluster.scale_up_ranks > cluster.gpus_per_node and per_domain == ranks:
-        return low_latency_terms(op, families["one-sided"], cluster, ranks, per_domain, copies_per_rank=True)
-    if op.kind == "normal":
-        return normal_terms(op, families["deepep-normal"], cluster, ranks, per_domain)
-    return low_latency_terms(op, families["deepep-low-latency"], cluster, ranks, per_domain)
+    values = (params.combine if isinstance(op, Combine) else params.dispatch)[way]
+    if way == "deepep-normal":
+        return normal_terms(op, values, cluster, ranks, per_domain)
+    one_sided = way == "one-sided"
+    return low_latency_terms(op, values, cluster, ranks, per_domain, copies_per_rank=one_sided)
+
+
+def exchange_way(
+    kind: str, *, cluster: Cluster, n_ranks: int, ranks_per_node_in_group: int
+) -> Literal["nccl", "one-sided", "deepep-normal", "deepep-low-latency"]:
+    """Library that serves an exchange: one-sided kernels where one scale-up domain spans hosts and holds it."""
+    if kind == "nccl":
+        return "nccl"
+    if cluster.scale_up_ranks > cluster.gpus_per_node and ranks_per_node_in_group >= n_ranks:
+        return "one-sided"
+    return "deepep-normal" if kind == "normal" else "deepep-low-latency"
+
+
+def exchange_families(
+    op: Exchange, *, cluster: Cluster, n_ranks: int, ranks_per_node_in_group: int
+) -> tuple[tuple[str, str], ...]:
+    """(operator, implementation) of the profile's families that price an exchange; arguments as `dispatch_s`."""
+    shape = {"n_ranks": n_ranks, "ranks_per_node_in_group": ranks_per_node_in_group}
+    way = exchange_way(op.kind, cluster=cluster, **shape)
+    if way == "nccl":
+        levels = _nccl_levels(cluster, n_ranks, min(n_ranks, ranks_per_node_in_group))
+        return tuple((level, "nccl") for level in levels)
+    return (("ep_combine" if isinstance(op, Combine) else "ep_dispatch", way),)
 
 
 def _checked_copies(op: Exchange, cluster: Cluster) -> list[FloatArray]:
@@ -199,13 +223,18 @@ def _link_rate(cluster: Cluster, values: Values) -> float:
 def _nic_rate(cluster: Cluster, values: Values, n_ranks: int, per_domain: int) -> float:
     """Rate of one rank's NIC; a box without NVLink reaches its own GPUs over PCIe [bytes/s]."""
     host_rate = values["pcie_rate_fraction"] * cluster.gpu.pcie_bytes_per_s
-    in_one_box = per_domain == 1 and n_ranks <= cluster.gpus_per_node
-    if in_one_box or cluster.nic_bytes_per_s == 0:
+    if _through_host(cluster, n_ranks, per_domain):
         return host_rate
     n_domains = ceil(n_ranks / per_domain)
     shared = 1 + values["nic_contention"] * max(n_domains - 2, 0)
     rate = values["nic_rate_fraction"] * cluster.nic_bytes_per_s / cluster.uplink_oversubscription / shared
     return min(rate, host_rate)
+
+
+def _through_host(cluster: Cluster, n_ranks: int, per_domain: int) -> bool:
+    """Whether what leaves a scale-up domain stays in a host, or has no NIC to leave by."""
+    in_one_box = cluster.gpu.nvlink_bytes_per_s == 0 and per_domain >= n_ranks
+    return in_one_box or cluster.nic_bytes_per_s == 0
 
 
 def low_latency_terms(
@@ -285,17 +314,59 @@ def _far_start_s(op: Exchange, values: Values, cluster: Cluster, n_peers: int) -
 def _nccl_terms(
     op: Exchange, cluster: Cluster, params: NetworkParams, n_ranks: int, per_domain: int
 ) -> ExchangeTerms:
-    """Sends and receives between all pairs, paced by each rank's busiest port."""
-    sent = np.asarray(op.sent_nvlink, dtype=np.float64) + op.sent_nic
-    received = np.asarray(op.received_nvlink, dtype=np.float64) + op.received_nic
-    payload = np.maximum(sent, received) * op.token_bytes * n_ranks / (n_ranks - 1)
-    time_s = all_to_all_s(
-        payload, n_ranks=n_ranks, ranks_per_node_in_group=per_domain, cluster=cluster, params=params
-    )
+    """Sends and receives between all pairs, paced by each rank's busiest port.
+
+    The kernel's channels carry every copy at the pace of the local curve, those for NICs into buffers that the
+    NIC reads meanwhile; NICs carry the far ones at their own pace. So a copy that leaves the domain is never
+    cheaper than one that stays. A far start and a post to each far peer come on top.
+    """
     near = np.maximum(op.sent_nvlink, op.received_nvlink) * op.token_bytes
     far = np.maximum(op.sent_nic, op.received_nic) * op.token_bytes
-    nvlink_s = near / (cluster.gpu.nvlink_bytes_per_s or cluster.gpu.pcie_bytes_per_s)
-    nic_s = far / cluster.nic_bytes_per_s if cluster.nic_bytes_per_s > 0 else np.zeros_like(far)
-    rest_s = np.maximum(time_s - smooth_max([nvlink_s, nic_s], _LOW_LATENCY_SHARPNESS), 0.0)
-    zero = np.zeros_like(time_s)
-    return ExchangeTerms(rest_s, nvlink_s, nic_s, zero, zero)
+    sent = np.asarray(op.sent_nvlink, dtype=np.float64) + op.sent_nic
+    received = np.asarray(op.received_nvlink, dtype=np.float64) + op.received_nic
+    carried = np.maximum(sent, received) * op.token_bytes
+    start_s, local_s = _nccl_local_s(carried, cluster, params, n_ranks, per_domain)
+    nic_s = np.zeros_like(far)
+    if "inter_node" in _nccl_levels(cluster, n_ranks, per_domain):
+        values = params.nccl["inter_node"]
+        rate = values["nic_rate_fraction"] * cluster.nic_bytes_per_s / cluster.uplink_oversubscription
+        nic_s = far / rate
+        hops = ceil(log2(ceil(n_ranks / per_domain)))
+        far_start_s = values["start_s"] + hops * (cluster.nic_latency_s + values["hop_s"])
+        far_start_s += values["peer_s"] * (n_ranks - per_domain)
+        start_s = start_s + np.where(_somewhere(far), far_start_s, 0.0)
+    start_s = np.where(_somewhere(near + far), start_s, 0.0)
+    zero = np.zeros_like(local_s)
+    return ExchangeTerms(start_s, local_s, nic_s, zero, zero, _NORMAL_SHARPNESS)
+
+
+def _nccl_levels(cluster: Cluster, n_ranks: int, per_domain: int) -> tuple[str, ...]:
+    """Families behind an all-to-all of unequal pairs: its kernel's, and between nodes the NIC's."""
+    if _through_host(cluster, n_ranks, per_domain):
+        return ("pcie",)
+    local = "all_to_all" if cluster.gpu.nvlink_bytes_per_s > 0 else "pcie"
+    return (local,) if per_domain >= n_ranks else (local, "inter_node")
+
+
+def _nccl_local_s(
+    carried: FloatArray, cluster: Cluster, params: NetworkParams, n_ranks: int, per_domain: int
+) -> tuple[FloatArray, FloatArray]:
+    """Start of the kernel, and the time that its bytes add to it [s]."""
+    # a rank alone in its node has channels all the same, as fast as those between two
+    peers = min(n_ranks, max(per_domain, 2))
+    if _nccl_levels(cluster, n_ranks, per_domain)[0] == "pcie":
+        values = params.nccl["pcie"]
+        start_s = np.asarray(values["start_s"] + (peers - 1) * values["step_s"])
+        return start_s, carried / (values["rate_fraction"] * cluster.gpu.pcie_bytes_per_s)
+    link, values = cluster.gpu.nvlink_bytes_per_s, params.nccl["all_to_all"]
+    payload = carried * peers / (peers - 1)
+    start_s, time_s = (
+        nccl_curve_s("all_to_all", each, n_ranks=peers, link_bytes_per_s=link, values=values)
+        for each in (np.zeros(()), payload)
+    )
+    return start_s, np.maximum(time_s - start_s, carried / link)
+
+
+def _somewhere(copies: FloatArray) -> NDArray[np.bool_]:
+    """[P, L, 1] whether any rank moves something: each point and layer by itself."""
+    return np.asarray(np.any(np.atleast_1d(copies) > 0, axis=-1, keepdims=True))

@@ -55,7 +55,7 @@ class NetworkParams:
         Raises
         ------
         ProfileError
-            If `kind` is not one of ``low-latency``, ``normal``, ``nccl``, ``one-sided``.
+            If `kind` is not one of ``low-latency``, ``normal``, ``nccl``, ``one-sided``, or their library's name.
         """
         if kind == "nccl":
             return int(self.nccl["all_to_all"]["n_sms"])

@@ -13,9 +13,10 @@ from moesim.engine import Timeline
 from moesim.plan.context import Context
 from moesim.plan.explain import families_used
 from moesim.plan.outcome import Outcome
-from moesim.plan.planner import Plan
+from moesim.plan.planner import Plan, warnings_of
 from moesim.plan.run import Run, simulated
 from moesim.scenario.schema import Scenario
+from moesim.scenario.workload import TrainWorkload
 
 __all__ = ["Maps", "PlanAnswer", "maps_of", "plan_answer", "run_answer"]
 
@@ -77,7 +78,7 @@ def plan_answer(
             row = {**one.outcome.row(one.point), "engine": None}
             if number < N_BREAKDOWNS:
                 row["breakdown_s"] = one.outcome.play(one.point, events=False).breakdown_s
-        rows.append({"rank": number + 1, **row})
+        rows.append({"rank": number + 1, **row, **_whole_run(row, found.scenario)})
     best = found.ranked[0].outcome if found.ranked else None
     plan = {
         "scenario": scenario_row(found.scenario),
@@ -99,11 +100,22 @@ def plan_answer(
 
 def run_answer(found: Run, scenario: Scenario) -> tuple[dict[str, Any], Maps]:
     """A run as plain values, and its maps."""
-    result = {"scenario": scenario_row(scenario), **found.row}
+    result = {"scenario": scenario_row(scenario), **found.row, **_whole_run(found.row, scenario)}
+    result["warnings"] = warnings_of(scenario, found.context)
     if found.outcome is None:
         return {**result, "provenance": []}, Maps("", result, None, None, None, (), None, ())
     result["provenance"] = families_used(found.outcome)
     return result, maps_of(found.context, found.outcome, 0, result, found.timelines)
+
+
+def _whole_run(row: dict[str, Any], scenario: Scenario) -> dict[str, Any]:
+    """Days and dollars of a whole training run; null where its tokens are not given, absent of other workloads."""
+    if not isinstance(scenario.workload, TrainWorkload):
+        return {}
+    tokens = scenario.workload.tokens
+    if tokens is None or row["tokens_per_s"] is None:
+        return {"days": None, "usd": None}
+    return {"days": tokens / row["tokens_per_s"] / 86_400, "usd": tokens / 1e6 * row["usd_per_mtok"]}
 
 
 def scenario_row(scenario: Scenario) -> dict[str, Any]:

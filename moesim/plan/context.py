@@ -8,6 +8,7 @@ from typing import Literal
 
 from moesim.cost.backend import TRAINING, Backend, backend_of
 from moesim.cost.price import Pricer
+from moesim.errors import LayoutError
 from moesim.hardware.cluster import Cluster
 from moesim.hardware.profile import Profile, profile_for
 from moesim.model import load_model
@@ -23,6 +24,10 @@ __all__ = ["Choice", "Context"]
 
 DISPATCH_FP8_BYTES = 1.0 + 4 / 128
 """One FP8 value and its share of a float32 scale per 128 (DeepEP's dispatch; DeepSeek-V3 report, 3.2.2)."""
+
+
+MOST_IDLE = 0.5
+"""Experts without a token, above which a trace is likely of another model."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Context:
             If the model or the trace is unknown or damaged, or the trace is of another model.
         """
         model = load_model(scenario.model)
-        backend = backend_of("sglang" if scenario.backend in ("auto", "moesim") else scenario.backend)
+        backend = backend_of("sglang" if scenario.backend == "auto" else scenario.backend)
         weights, experts = _formats(model, scenario.dtype)
         kv_dtype = scenario.kv_dtype or (
             "fp8" if backend.name == "trtllm" and weights != "bfloat16" else "bfloat16"
@@ -99,7 +104,7 @@ class Context:
 
     def case(self, cluster: Cluster, layout: Layout, choice: Choice, phase: str) -> Case:
         """One candidate in one phase, with `dispatch` resolved as the engine would."""
-        dispatch = _dispatch(self, layout, choice.dispatch, phase)
+        dispatch = _dispatch(self, cluster, layout, choice.dispatch, phase)
         deepep = dispatch in ("low-latency", "normal")
         # a combine, and every backward exchange, stays in 16 bits
         fp8_out = deepep and self.expert_dtype in ("fp8", "fp8_block") and phase != "train"
@@ -117,6 +122,48 @@ class Context:
             choice.capacity_factor,
             self.capacity_convention,
         )
+
+    def warnings(self, cluster: Cluster, longest: float) -> list[str]:
+        """What a reader of a result has to know of its inputs.
+
+        Parameters
+        ----------
+        cluster
+            Where it runs.
+        longest
+            Longest sequence asked for [tokens].
+        """
+        gpu, model = cluster.gpu, self.model
+        said: list[str] = []
+        carried = self.profile(cluster).carried_from
+        if carried is not None:
+            said.append(f"{gpu.name} was never measured: {carried}'s efficiencies on its datasheet")
+        formats = {self.weight_dtype, self.expert_dtype} & {"fp8", "fp8_block"}
+        if formats and "fp8" not in gpu.flops_per_s:
+            said.append(
+                f"{gpu.name} has no FP8 units: {', '.join(sorted(formats))} weights are widened to 16 bits"
+            )
+        if model.max_context and longest > model.max_context:
+            said.append(f"{model.name} was trained for {model.max_context:,} tokens, not {longest:,.0f}")
+        return said + self._routing_warnings()
+
+    def _routing_warnings(self) -> list[str]:
+        source, n_layers = self.source, len(self.model.moe_layers)
+        if isinstance(source, SyntheticRouting) or not self.model.is_moe:
+            return []
+        said = list(source.notes)
+        if source.n_layers != n_layers:
+            said.append(
+                f"the trace has {source.n_layers} MoE layers and the model {n_layers}: layers are reused"
+            )
+        idle = float((source.counts == 0).mean())
+        if idle > MOST_IDLE:
+            said.append(f"{idle:.0%} of the experts in the trace get no token: is it of this model?")
+        return said
+
+    def busiest(self, case: Case) -> float:
+        """Rows of the busiest expert rank over the mean, by the routing's popularity, in the worst layer."""
+        return self.traffic.busiest(case) if self.model.is_moe else 1.0
 
     def pricer(self, case: Case, phase: str) -> Pricer:
         """Prices of one case's operators."""
@@ -142,22 +189,45 @@ def _source(choice: RoutingChoice, model: ModelSpec) -> RoutingSource:
     return default_routing(model.name)
 
 
-def _dispatch(context: Context, layout: Layout, wanted: str, phase: str) -> DispatchKind:
+def _dispatch(context: Context, cluster: Cluster, layout: Layout, wanted: str, phase: str) -> DispatchKind:
     """How tokens reach their experts.
 
     ``auto``: where one attention replica spans the expert group its ranks hold every token already and one
     all-reduce joins their experts' outputs; else SGLang and vLLM exchange tokens with DeepEP (low latency in
     decode, normal in prefill) and TensorRT-LLM gathers all tokens on all ranks; training uses NCCL's
-    all-to-all, as Megatron-Core's default dispatcher does. Sharded experts (`etp` > 1) are served by a gather.
+    all-to-all, as Megatron-Core's default dispatcher does. Sharded experts (`etp` > 1) are served by a gather,
+    and so are GPUs that DeepEP is not written for: without NVLink, or older than Hopper.
+
+    Raises
+    ------
+    LayoutError
+        If `wanted` does not go with the layout.
     """
     if not context.model.is_moe or layout.group_dp == 1:
-        if phase != "train" or layout.ep == 1:
-            return "allreduce"
-        return "nccl"
+        usual: DispatchKind = "nccl" if phase == "train" and layout.ep > 1 else "allreduce"
+        if context.model.is_moe and wanted not in ("auto", usual):
+            why = (
+                "training exchanges them by nccl" if usual == "nccl" else "its ranks hold every token already"
+            )
+            raise LayoutError(
+                f"one attention replica spans the expert group of {layout.ep * layout.etp} ranks: {why}",
+                value=wanted,
+                fix=f"write dispatch: auto or {usual}, or let several replicas share the experts",
+                place="policy.dispatch",
+            )
+        return usual
+    if wanted == "allreduce":
+        raise LayoutError(
+            f"an expert group of {layout.group_dp} attention replicas has to exchange tokens",
+            value=wanted,
+            fix="write dispatch: auto, or let one replica span the group (ep x etp = tp)",
+            place="policy.dispatch",
+        )
     if wanted in ("low-latency", "normal", "nccl", "allgather"):
         return wanted  # type: ignore[return-value]
     if phase == "train":
         return "nccl"
-    if context.backend.name == "trtllm" or layout.etp > 1:
+    deepep = cluster.gpu.nvlink_bytes_per_s > 0 and "fp8" in cluster.gpu.flops_per_s
+    if context.backend.name == "trtllm" or layout.etp > 1 or not deepep:
         return "allgather"
     return "low-latency" if phase == "decode" else "normal"

@@ -31,6 +31,8 @@ FORMULAS = {
     "ep_dispatch": "start + smooth max(NVLink bytes, NIC bytes, SM work) + after",
     "ep_combine": "start + smooth max(NVLink bytes, NIC bytes, SM work) + after",
     "send_recv": "start + bytes / link",
+    "pcie": "start + steps of a ring + wire bytes / (fraction x PCIe)",
+    "inter_node": "start + hops + wire bytes / (fraction x NIC), against what the node's own links take",
 }
 """One line each; the equations are in docs/fits."""
 
@@ -42,15 +44,19 @@ def explain(outcome: Outcome, point: int = 0) -> dict[str, Any]:
     -------
     dict
         ``passes``: for each step that the result is made of, ``terms``: name, how often it runs, seconds
-        (mean over ranks and the busiest rank's), share, inputs, formula, family. ``families``: parameters
+        (mean over ranks and the busiest rank's), share, inputs, formula, family. Of training, terms are of the
+        whole step: all micro-batches of both passes, and in an entry ``step`` what comes on top, wait and bubble
+        included; all of them add up to the step, and shares are of it. ``families``: parameters
         with errors, provenance and held-out error by name. ``memory``: items of the fullest rank.
         ``summary``: how the result follows from the steps.
 
     Raises
     ------
     ScenarioError
-        If the workload is one whose steps are not kept.
+        If the workload is one whose steps are not kept, or there is no such size.
     """
+    if not 0 <= point < outcome.n_points:
+        raise ScenarioError("there is no such size", value=point, fix=f"0 to {outcome.n_points - 1}")
     if not outcome.passes:
         raise ScenarioError(
             "has no terms to explain yet", value=",".join(outcome.workload), fix="use moesim run"
@@ -58,8 +64,14 @@ def explain(outcome: Outcome, point: int = 0) -> dict[str, Any]:
     families: dict[str, Any] = {}
     passes = []
     for name, one in outcome.passes.items():
-        at = min(point, one.batch.n_points - 1)
-        passes.append({"name": name, "step_s": float(one.period_s[at]), "terms": _terms(one, at, families)})
+        at = one.row(point)
+        terms = _terms(one, at, families)
+        step_s = float(one.period_s[at])
+        if outcome.pass_times is not None:
+            step_s = _repeated(one, terms, float(outcome.pass_times[point]), at, float(outcome.step_s[point]))
+        passes.append({"name": name, "step_s": step_s, "terms": terms})
+    if outcome.step_terms:
+        passes.append(_rest(outcome, point, families))
     first = next(iter(outcome.passes.values()))
     profile = first.timed.pricer.profile
     return {
@@ -73,6 +85,44 @@ def explain(outcome: Outcome, point: int = 0) -> dict[str, Any]:
     }
 
 
+def _repeated(one: Pass, terms: list[dict[str, Any]], n_micro: float, point: int, step_s: float) -> float:
+    """Turn the terms of one micro-batch, all stages of it, into a rank's in a whole step; return the pass's time."""
+    share = n_micro / one.case.layout.pp
+    for term in terms:
+        term["times"] = term["times"] * n_micro / one.case.layout.pp
+        term["times"] = int(term["times"]) if term["times"] == int(term["times"]) else term["times"]
+        term["seconds"] *= share
+        term["seconds_busiest_rank"] *= share
+        term["share"] = term["seconds"] / step_s
+    return float(one.stage_s[:, point].sum()) * share
+
+
+def _rest(outcome: Outcome, point: int, families: dict[str, Any]) -> dict[str, Any]:
+    """What comes on top of the passes' kernels; its entry has the whole step's time."""
+    step_s = float(outcome.step_s[point])
+    terms = []
+    for part in outcome.step_terms:
+        for family in part.families:
+            families.setdefault(_name(family), _family(family))
+        terms.append(
+            {
+                "name": part.name,
+                "micro_batch": 0,
+                "operator": type(part.op).__name__ if part.op is not None else "",
+                "category": part.category,
+                "stream": "comm" if part.category in ("gradients", "weight_gather") else "compute",
+                "times": int(part.times[point]),
+                "seconds": float(part.seconds[point]),
+                "seconds_busiest_rank": float(part.seconds_busiest_rank[point]),
+                "formula": FORMULAS.get(part.families[0].op, "") if part.families else part.note,
+                "inputs": _inputs(part.op, 0) if part.op is not None else {},
+                "families": [_name(family) for family in part.families],
+                "share": float(part.seconds[point]) / step_s,
+            }
+        )
+    return {"name": "step", "step_s": step_s, "terms": terms}
+
+
 def families_used(outcome: Outcome) -> list[dict[str, str]]:
     """Provenance of every family behind an outcome, for a table."""
     found: dict[str, Family] = {}
@@ -81,6 +131,8 @@ def families_used(outcome: Outcome) -> list[dict[str, str]]:
             for node in block.nodes:
                 for family in one.timed.pricer.families(node.op):
                     found[_name(family)] = family
+    for part in outcome.step_terms:
+        found |= {_name(family): family for family in part.families}
     return [
         {
             "what": name,

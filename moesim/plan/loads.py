@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,7 @@ class TrafficMaker:
         self.seed = seed
         self.max_tokens = max_tokens
         self._placements: dict[tuple[object, ...], Placement] = {}
+        self._busiest: dict[Placement, float] = {}
         self._sizes: dict[tuple[object, ...], dict[int, _Size]] = {}
 
     @property
@@ -92,7 +93,29 @@ class TrafficMaker:
                     n_nodes=n_domains,
                 )
             case _:
-                return read_placement(layout.placement, n_experts=shape.n_experts, n_ranks=ep)
+                return self._given(layout)
+
+    def _given(self, layout: Layout) -> Placement:
+        """The map of a file, if it has the layout's slots; a map of all layers is cut to those with experts."""
+        shape, file = self.shape, layout.placement
+        found = read_placement(file, n_experts=shape.n_experts, n_ranks=layout.ep)
+        if found.n_redundant != layout.redundant_experts:
+            raise LayoutError(
+                f"the map has {found.n_slots} slots a layer and the layout "
+                f"{shape.n_experts + layout.redundant_experts}",
+                fix=f"write redundant_experts: {found.n_redundant}",
+                place=file,
+            )
+        n_rows = found.slot_to_expert.shape[0]
+        if n_rows == self.model.n_layers != shape.n_layers:
+            return replace(found, slot_to_expert=found.slot_to_expert[list(self.model.moe_layers)])
+        if n_rows not in (1, shape.n_layers):
+            raise LayoutError(
+                f"the map has {n_rows} rows and the model {shape.n_layers} MoE layers",
+                fix="give one list for all layers, or one for each",
+                place=file,
+            )
+        return found
 
     def traffic(self, case: Case, phase: str, replica_tokens: Sequence[float]) -> ExpertTraffic:
         """Loads of every MoE layer of the model.
@@ -107,7 +130,7 @@ class TrafficMaker:
             Tokens of each attention replica in one micro-batch.
         """
         layout = case.layout
-        domain = max(1, case.cluster.scale_up_ranks // layout.etp)
+        domain = max(1, case.cluster.near_ranks // layout.etp)
         kind = self._kind(case, domain)
         drawn_phase: Phase = "decode" if phase == "decode" else "prefill"
         # an expert group's ranks hold etp / tp of a replica's tokens each, whichever of the two is larger
@@ -138,7 +161,7 @@ class TrafficMaker:
         ids = draw_batch(
             self.source, self.shape, n_ranks=layout.ep, n_tokens=drawn, phase=drawn_phase, rng=rng
         )
-        domain = max(1, case.cluster.scale_up_ranks // layout.etp)
+        domain = max(1, case.cluster.near_ranks // layout.etp)
         counted = count_batch(
             ids, self.placement(layout, domain), ranks_per_domain=min(domain, layout.ep), n_tokens=(drawn,)
         )
@@ -165,6 +188,15 @@ class TrafficMaker:
                 exchanges = {kind: _of_point(one, point) for kind, one in load.exchanges.items()}
                 known[size] = _Size(load.tokens_per_slot[point], exchanges)
         return known
+
+    def busiest(self, case: Case) -> float:
+        """Rows of the busiest rank over the mean, by popularity alone, in the worst layer."""
+        layout = case.layout
+        placement = self.placement(layout, max(1, case.cluster.near_ranks // layout.etp))
+        if placement not in self._busiest:
+            load = placement.rank_load(inclusion(self.source, self.shape))
+            self._busiest[placement] = float((load.max(axis=-1) / load.mean(axis=-1)).max())
+        return self._busiest[placement]
 
     def _kind(self, case: Case, domain: int) -> ExchangeKind:
         # Megatron's all-to-all, as DeepEP's low-latency kernels, sends a row to each expert

@@ -5,19 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from moesim.hardware.cluster import Cluster
-from moesim.model.params import count_parameters
-from moesim.model.spec import ModelSpec
+from moesim.hardware.profile import Family
+from moesim.model.params import count_parameters, layer_weights
+from moesim.model.spec import LayerSpec, ModelSpec
 from moesim.plan.played import Play
 from moesim.plan.steps import Pass
 from moesim.work.case import Case, Layout
-from moesim.work.ops import FloatArray
+from moesim.work.ops import FloatArray, Op
 
-__all__ = ["Outcome", "model_flops"]
+__all__ = ["Outcome", "StepTerm", "model_flops"]
+
+
+@dataclass(frozen=True, eq=False)
+class StepTerm:
+    """A part of a step that is no kernel of its passes; arrays are (n_points,)."""
+
+    name: str
+    category: str
+    times: FloatArray
+    """Runs in a step."""
+    seconds: FloatArray
+    """In a whole step, mean over ranks."""
+    seconds_busiest_rank: FloatArray
+    op: Op | None = None
+    """None for waiting."""
+    families: tuple[Family, ...] = ()
+    note: str = ""
+    """What it is, where it is no operator."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +67,10 @@ class Outcome:
     """Steps that the result is made of, the main one first."""
     how: str = ""
     """How the result follows from them."""
+    pass_times: FloatArray | None = None
+    """(n_points,) micro-batches of a step that goes through all of `passes` for each; None = passes stand alone."""
+    step_terms: tuple[StepTerm, ...] = ()
+    """What is left of such a step, so that all terms add up to it."""
     play: Play = field(kw_only=True)
     """Runs one size, event by event or by the recurrence."""
 
@@ -86,6 +109,19 @@ class Outcome:
             return None
         return f"needs {need / 1e9:.1f} GB of memory and the GPU has {have / 1e9:.1f} GB"
 
+    @property
+    def _resolved(self) -> dict[str, str]:
+        """How tokens reach their experts in each step."""
+        if not self.case.model.is_moe:
+            return {}
+        return {name: one.case.dispatch for name, one in self.passes.items()}
+
+    @property
+    def _dispatch(self) -> str | None:
+        """What `policy.dispatch` has to say for the same result."""
+        kinds = set(self._resolved.values())
+        return "auto" if len(kinds) > 1 else (self.case.dispatch if self.case.model.is_moe else None)
+
     def row(self, point: int) -> dict[str, Any]:
         """One size as plain values, named as `moesim run --json` prints them."""
         timed = self.tpot_s if self.tpot_s is not None else self.step_s
@@ -94,7 +130,8 @@ class Outcome:
             "layout": layout_row(self.case.layout),
             "cluster": cluster_row(self.case.cluster, self.case.layout),
             "choice": {
-                "dispatch": self.case.dispatch if self.case.model.is_moe else None,
+                "dispatch": self._dispatch,
+                "resolved": self._resolved,
                 "overlap": self.case.overlap,
                 "capacity_factor": self.case.capacity_factor,
             },
@@ -109,7 +146,8 @@ class Outcome:
             "tpot_s": _at(self.tpot_s, point),
             "mfu": float(self.mfu[point]),
             "usd_per_mtok": float(self.usd_per_mtok[point]),
-            "breakdown_s": {name: float(values[point]) for name, values in self.category_s.items()},
+            "breakdown_s": None,
+            "kernel_s": {name: float(values[point]) for name, values in self.category_s.items()},
             "imbalance": _at(self.imbalance, point),
             "dropped_fraction": _at(self.dropped_fraction, point),
             "band": {
@@ -154,22 +192,68 @@ def _plain(value: Any) -> Any:
 
 
 _counted = lru_cache(maxsize=16)(count_parameters)
+_weights_of = lru_cache(maxsize=256)(layer_weights)
+
+Phase = Literal["prefill", "decode", "train"]
 
 
-def model_flops(model: ModelSpec, n_tokens: FloatArray, context: FloatArray) -> FloatArray:
-    """FLOPs that a forward pass over `n_tokens` needs, each attending to `context` tokens in the mean.
+def model_flops(
+    model: ModelSpec, n_tokens: FloatArray, context: FloatArray, phase: Phase = "train"
+) -> FloatArray:
+    """FLOPs that a forward pass over `n_tokens` needs.
 
+    Parameters
+    ----------
+    model
+        Layers and widths.
+    n_tokens : (n_points,)
+        New tokens.
+    context : (n_points,)
+        Tokens that each attends to in the mean; of a prompt, as a causal layer sees it: half.
+    phase
+        What runs of a model with an encoder: a prompt goes through the encoder and makes the decoder's cross
+        keys and values, a decode step goes through the decoder, training through both. Any other model runs whole.
+
+    Notes
+    -----
     Two per active weight, the embedding's look-up left out, and four per attended token and head value (two
     products), as in PaLM's appendix B (arXiv:2204.02311).
     """
-    counted = _counted(model)
-    embedding = 0 if model.tied_embeddings else counted.embedding
-    per_token = 2.0 * (counted.active - embedding) * np.ones_like(n_tokens)
+    encodes = any(layer.role == "encoder" for layer in model.layers)
+    per_token = 2.0 * _active(model, phase, encodes) * np.ones_like(n_tokens)
     for layer, n_layers in model.layer_groups.items():
-        attention = layer.attention
-        seen = np.minimum(context, attention.window) if attention.window else context
-        if attention.kind in ("gqa", "mla"):
-            per_token = per_token + n_layers * 2.0 * seen * attention.n_heads * (
-                attention.head_dim + attention.v_head_dim
-            )
+        if encodes and not _runs(layer, phase):
+            continue
+        # an encoder's token, and a cross-attention's, sees all of the prompt
+        whole = context if phase == "decode" else 2 * context
+        parts = [(layer.attention, whole if layer.role == "encoder" else context)]
+        if layer.cross_attention is not None:
+            parts.append((layer.cross_attention, whole))
+        for attention, seen in parts:
+            held = np.minimum(seen, attention.window) if attention.window else seen
+            if attention.kind in ("gqa", "mla"):
+                values = attention.n_heads * (attention.head_dim + attention.v_head_dim)
+                per_token = per_token + n_layers * 2.0 * held * values
     return np.asarray(n_tokens * per_token)
+
+
+def _runs(layer: LayerSpec, phase: Phase) -> bool:
+    return phase == "train" or (layer.role == "encoder") == (phase == "prefill")
+
+
+def _active(model: ModelSpec, phase: Phase, encodes: bool) -> int:
+    """Weights that one token meets, the embedding's look-up left out."""
+    counted = _counted(model)
+    whole = counted.active - (0 if model.tied_embeddings else counted.embedding)
+    if not encodes or phase == "train":
+        return whole
+    left_out = 0
+    for layer, n_layers in model.layer_groups.items():
+        for name, weight in _weights_of(layer, model.hidden).items():
+            # cross keys and values are made with the prompt and kept
+            cached = name in ("cross_attention.k", "cross_attention.v")
+            runs = phase == "prefill" if cached else _runs(layer, phase)
+            left_out += 0 if runs else weight.n_active * n_layers
+    if phase == "prefill":  # an encoder makes no token
+        left_out += counted.embedding if model.tied_embeddings else counted.head
+    return whole - left_out

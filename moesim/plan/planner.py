@@ -24,7 +24,7 @@ from moesim.work.case import Layout
 from moesim.work.memory import TrainingState
 from moesim.work.ops import FloatArray
 
-__all__ = ["Plan", "Ranked", "outcome_of", "plan", "sizes_of"]
+__all__ = ["Plan", "Ranked", "outcome_of", "plan", "sizes_of", "warnings_of"]
 
 PLAN_DRAWN_TOKENS = 2048
 """Tokens drawn per expert group while planning; a run draws four times as many."""
@@ -114,7 +114,25 @@ def plan(scenario: Scenario, *, progress: Callable[[float], None] | None = None)
         search.n_layouts,
         time.perf_counter() - begin_s,
         time.process_time() - begin_cpu_s,
+        tuple(warnings_of(scenario, context)),
     )
+
+
+def warnings_of(scenario: Scenario, context: Context) -> list[str]:
+    """What a reader has to know of a scenario's inputs, each once."""
+    work = scenario.workload
+    longest = {
+        "decode": lambda: max(work.context),  # type: ignore[union-attr]
+        "prefill": lambda: max(work.prompt),  # type: ignore[union-attr]
+        "serve": lambda: max(work.input) + max(work.output),  # type: ignore[union-attr]
+        "train": lambda: max(work.sequence),  # type: ignore[union-attr]
+    }[work.kind]()
+    said = [
+        line for cluster in scenario.cluster.clusters() for line in context.warnings(cluster, float(longest))
+    ]
+    if scenario.subject_to.ttft or scenario.subject_to.ttft_p50:
+        said.append("time to first token is off by a third in the median (docs/fits/serving.md)")
+    return list(dict.fromkeys(said))
 
 
 class _Search:
@@ -212,9 +230,8 @@ def outcome_of(
     if isinstance(scenario.workload, TrainWorkload):
         return _trained(scenario.workload, context, cluster, layout, choice, sizes)
     kind = scenario.workload.kind
-    memory = memory_of(
-        kind, context.case(cluster, layout, choice, "prefill" if kind == "prefill" else "decode"), sizes
-    )
+    case = context.case(cluster, layout, choice, "prefill" if kind == "prefill" else "decode")
+    memory = memory_of(kind, case, sizes, context.busiest(case))
     fits = memory["total"] <= memory["capacity"]
     if not fits.any():
         least = int(np.argmin(memory["total"]))

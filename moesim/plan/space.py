@@ -28,7 +28,7 @@ class Refused:
 
     layout: dict[str, Any]
     kind: str
-    """``divisibility``, ``memory`` or ``target``."""
+    """``divisibility``, ``memory``, ``target``, or ``dominated`` (behind a bound, and not priced)."""
     reason: str
     batch_per_rank: float | None = None
     """Size at which it came closest; None where none was tried."""

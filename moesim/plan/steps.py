@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesim.cost.price import Pricer
 from moesim.engine import Program, Timeline, evaluate, simulate
@@ -41,6 +42,12 @@ class Pass:
     """Of one micro-batch, over all MoE layers."""
     dropped_fraction: FloatArray
     """(n_points,) share of token-expert pairs over capacity."""
+    row_of: NDArray[np.intp] | None = None
+    """Row here of each point of the outcome, where several points run the same step; None = its own number."""
+
+    def row(self, point: int) -> int:
+        """Row of one of the outcome's points."""
+        return point if self.row_of is None else int(self.row_of[point])
 
     @property
     def latency_s(self) -> FloatArray:
@@ -73,10 +80,18 @@ class Pass:
         """(n_points,) kernel time by family of the profile, mean over ranks."""
         total: dict[str, tuple[Family, FloatArray]] = {}
         for node, seconds in self._node_s():
-            family = self.timed.pricer.families(node.op)[0]
+            family = max(self.timed.pricer.families(node.op), key=_uncertainty)
             key = f"{family.op} {family.implementation} {family.dtype}"
             total[key] = (family, total.get(key, (family, np.zeros(1)))[1] + seconds)
         return total
+
+    def rank_s(self) -> FloatArray:
+        """(n_points, n_ranks) kernel time of all stages on each rank of a group; the rest it waits."""
+        total = np.zeros((1, 1))
+        for block, times in zip(self.timed.step.blocks, self.timed.seconds, strict=True):
+            for one in times:
+                total = total + one.sum(axis=1) * (len(block.layers) if one.shape[1] == 1 else 1)
+        return np.broadcast_to(total, (self.batch.n_points, total.shape[1]))
 
     def _node_s(self) -> Iterator[tuple[Node, FloatArray]]:
         for block, times in zip(self.timed.step.blocks, self.timed.seconds, strict=True):
@@ -129,6 +144,11 @@ def _scaled(parts: dict[str, float], step_s: float) -> dict[str, float]:
         return {**parts, "pipeline": step_s - total_s} if step_s - total_s > 1e-9 * step_s else parts
     # several micro-batches are under way at once: a step is a stage's share of them
     return {name: seconds * step_s / total_s for name, seconds in parts.items()}
+
+
+def _uncertainty(family: Family) -> float:
+    """Held-out error, for choosing the least sure of the families that price one operator."""
+    return family.held_out.p90_ape if family.held_out else float("inf")
 
 
 def run_pass(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -14,21 +15,39 @@ from moesim.hardware.profile import Family
 from moesim.metrics import breakdown_s
 from moesim.metrics.band import relative_band, step_band
 from moesim.plan.context import Choice, Context
-from moesim.plan.outcome import Outcome, model_flops
+from moesim.plan.outcome import Outcome, StepTerm, model_flops
 from moesim.plan.played import Played
 from moesim.plan.steps import Pass, run_pass
 from moesim.plan.workloads import Sizes
 from moesim.work.case import Case, Layout
 from moesim.work.memory import TrainingState, training_memory
-from moesim.work.ops import FloatArray
+from moesim.work.ops import FloatArray, Op
 from moesim.work.step import Batch
-from moesim.work.training import backward_step, gradient_ops, optimizer_op
+from moesim.work.training import Exchanged, backward_step, gradient_ops, optimizer_op
 
-__all__ = ["StageTimes", "TrainRun", "pipeline_program", "pipeline_s", "train_outcome", "train_run"]
+__all__ = [
+    "StageTimes",
+    "TailPart",
+    "TrainRun",
+    "pipeline_program",
+    "pipeline_s",
+    "train_outcome",
+    "train_run",
+]
 
 FLOPS_PER_FORWARD = 3.0
 """Model FLOPs of a training step over those of its forward pass; what is computed again does not count (PaLM,
 arXiv:2204.02311, appendix B)."""
+
+HOW = (
+    "step = micro-batches in a 1F1B pipeline of both passes, then gradients, optimiser and weights; terms are of a "
+    "whole step, mean over all ranks, and add up to it with wait and bubble"
+)
+WAIT = (
+    "passes of the slowest rank, less the kernels of the mean rank: for the busiest rank of every exchange; "
+    "negative where exchanges are hidden"
+)
+BUBBLE = "step, less what the mean stage is busy: pipeline filling, draining, uneven stages and sends"
 
 PERIODS = 6
 """Pipelines of more micro-batches than this many times the stages repeat themselves: only these are run, which is
@@ -51,6 +70,10 @@ class StageTimes:
     """(n_stages,) weights updated."""
     gather_s: FloatArray
     """(n_stages,) new weights gathered, where the optimiser's state is divided."""
+    micro_gather_s: FloatArray = field(default_factory=lambda: np.zeros(1))
+    """(n_stages,) or (1,) weights gathered before every pass of a micro-batch, where they are divided."""
+    micro_reduce_s: FloatArray = field(default_factory=lambda: np.zeros(1))
+    """(n_stages,) or (1,) gradients summed after every backward pass, where they are divided."""
 
     @property
     def n_stages(self) -> int:
@@ -61,7 +84,34 @@ class StageTimes:
         """The same at some of the points."""
         index = np.asarray(points)
         columns = (self.forward_s[:, index], self.backward_s[:, index], self.hop_s[index])
-        return StageTimes(*columns, self.reduce_s, self.optimizer_s, self.gather_s)
+        return StageTimes(
+            *columns, self.reduce_s, self.optimizer_s, self.gather_s, self.micro_gather_s, self.micro_reduce_s
+        )
+
+    def busy_s(self, n_micro: FloatArray) -> FloatArray:
+        """(n_stages, n_points) what each stage computes and exchanges in a step, sends apart."""
+        each = np.broadcast_to(2 * self.micro_gather_s + self.micro_reduce_s, (self.n_stages,))
+        once = self.reduce_s + self.optimizer_s + self.gather_s
+        return (self.forward_s + self.backward_s + each[:, None]) * n_micro + once[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class TailPart:
+    """One exchange among replicas, or the optimiser."""
+
+    name: str
+    category: str
+    op: Op
+    """Of the first stage that has it."""
+    families: tuple[Family, ...]
+    when: Literal["forward", "backward", "step"]
+    """With each micro-batch's pass, or once a step."""
+    stage_s: FloatArray
+    """(n_stages,) of one run."""
+
+    def times(self, n_micro: FloatArray) -> FloatArray:
+        """(n_points,) runs of a step."""
+        return np.ones_like(n_micro) if self.when == "step" else n_micro
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +126,8 @@ class TrainRun:
     """(n_points,) micro-batches of each replica."""
     step_s: FloatArray
     """(n_points,)"""
-    tail_parts: tuple[tuple[str, Family | None, FloatArray], ...]
-    """What follows the last backward: category, family and (n_stages,) seconds."""
+    tail_parts: tuple[TailPart, ...]
+    """What comes on top of the passes."""
 
     def program(self, point: int) -> Program:
         """All micro-batches of one size on all stages."""
@@ -99,21 +149,40 @@ class TrainRun:
         for one in (self.forward, self.backward):
             for name, seconds in one.category_s().items():
                 total[name] = total.get(name, np.zeros_like(per_rank)) + seconds * per_rank
-        for name, _, stage_s in self.tail_parts:
-            total[name] = total.get(name, np.zeros_like(per_rank)) + stage_s.mean()
-        times = self.times
-        busy = (times.forward_s + times.backward_s).mean(axis=0) * self.n_micro
-        busy = busy + (times.reduce_s + times.optimizer_s + times.gather_s).mean()
+        for part in self.tail_parts:
+            seconds = part.stage_s.mean() * part.times(self.n_micro)
+            total[part.category] = total.get(part.category, np.zeros_like(per_rank)) + seconds
+        busy = self.times.busy_s(self.n_micro).mean(axis=0)
         total["pipeline_bubble"] = np.maximum(self.step_s - busy, 0.0)
         return total
+
+    def step_terms(self) -> tuple[StepTerm, ...]:
+        """What a step holds beside the kernels of its passes: with them it adds up to the step, mean over ranks."""
+        terms = []
+        for part in self.tail_parts:
+            times = part.times(self.n_micro)
+            mean_s, most_s = part.stage_s.mean() * times, part.stage_s.max() * times
+            terms.append(StepTerm(part.name, part.category, times, mean_s, most_s, part.op, part.families))
+        share = self.n_micro / self.case.layout.pp
+        passes_s = (self.times.forward_s + self.times.backward_s).sum(axis=0)
+        # of the mean rank, and of the one that waits longest
+        waits_s = (passes_s[:, None] - self.forward.rank_s() - self.backward.rank_s()) * share[:, None]
+        idle_s = (self.step_s - self.times.busy_s(self.n_micro)).T
+        rest = [("wait", self.n_micro, waits_s, WAIT)]
+        if self.case.layout.pp > 1:
+            rest.append(("pipeline_bubble", np.ones_like(share), idle_s, BUBBLE))
+        for name, times, per_rank_s, note in rest:
+            mean_s, most_s = per_rank_s.mean(axis=1), per_rank_s.max(axis=1)
+            terms.append(StepTerm(name, name, times, mean_s, most_s, note=note))
+        return tuple(terms)
 
     def family_s(self) -> Iterable[tuple[Family | None, FloatArray]]:
         """(n_points,) kernel time by family; a backward pass is derived from its forward, so it has none."""
         per_rank = self.n_micro / self.case.layout.pp
         yield from ((family, seconds * per_rank) for family, seconds in self.forward.family_s().values())
         yield None, sum((seconds for _, seconds in self.backward.family_s().values()), np.zeros(1)) * per_rank
-        for _, family, stage_s in self.tail_parts:
-            yield family, np.full_like(per_rank, stage_s.mean())
+        for part in self.tail_parts:
+            yield part.families[0], part.stage_s.mean() * part.times(self.n_micro)
 
 
 def train_outcome(
@@ -126,13 +195,19 @@ def train_outcome(
     Raises
     ------
     LayoutError
-        If no size divides.
+        If no size divides, or experts have redundant replicas.
     """
+    if layout.redundant_experts:
+        raise LayoutError(
+            "training keeps one replica of an expert in a group: joining the gradients of more is not modelled",
+            value=f"redundant_experts={layout.redundant_experts}",
+            fix="set redundant_experts=0",
+        )
     case = context.case(cluster, layout, choice, "train")
     sizes = _dividing(sizes, layout)
     run = train_run(context, case, sizes, state)
     n_tokens = sizes["global_batch"] * sizes["sequence"]
-    flops = FLOPS_PER_FORWARD * model_flops(context.model, n_tokens, sizes["sequence"] / 2)
+    flops = FLOPS_PER_FORWARD * model_flops(context.model, n_tokens, sizes["sequence"] / 2, "train")
     peak = cluster.gpu.peak_flops_per_s(case.weight_dtype) * layout.n_ranks
     calibrated = context.profile(cluster).carried_from is None
     return Outcome(
@@ -148,7 +223,9 @@ def train_outcome(
         category_s=run.category_s(),
         calibrated=calibrated,
         passes={"forward": run.forward, "backward": run.backward},
-        how="step = 1F1B pipeline of both passes, then gradients, optimiser and weights",
+        how=HOW,
+        pass_times=run.n_micro,
+        step_terms=run.step_terms(),
         play=run.play,
     )
 
@@ -159,11 +236,21 @@ def train_run(context: Context, case: Case, sizes: Sizes, state: TrainingState) 
     forward = run_pass(context, case, batch)
     backward = run_pass(context, case, batch, build=lambda step: backward_step(step, state))
     tail = _tail(context, case, state)
+
+    def seconds(category: str, when: str) -> FloatArray:
+        own = [part.stage_s for part in tail if (part.category, part.when) == (category, when)]
+        return sum(own, np.zeros(case.layout.pp))
+
     times = StageTimes(
         forward.stage_s,
         backward.stage_s,
         forward.hop_s,
-        *(sum((s for name, _, s in tail if name == part), np.zeros(case.layout.pp)) for part in TAIL),
+        reduce_s=seconds("gradients", "step"),
+        optimizer_s=seconds("optimizer", "step"),
+        gather_s=seconds("weight_gather", "step"),
+        # both passes gather the same weights
+        micro_gather_s=seconds("weight_gather", "forward"),
+        micro_reduce_s=seconds("gradients", "backward"),
     )
     n_micro = sizes["global_batch"] / (case.layout.dp * sizes["micro_batch"])
     return TrainRun(case, forward, backward, times, n_micro, pipeline_s(times, n_micro), tail)
@@ -173,22 +260,19 @@ TAIL = ("gradients", "optimizer", "weight_gather")
 """Categories of what follows the last backward of a stage, in order."""
 
 
-def _tail(
-    context: Context, case: Case, state: TrainingState
-) -> tuple[tuple[str, Family | None, FloatArray], ...]:
+def _tail(context: Context, case: Case, state: TrainingState) -> tuple[TailPart, ...]:
     pricer = context.pricer(case, "train")
-    rows: dict[str, tuple[str, Family | None, FloatArray]] = {}
+    parts: dict[str, TailPart] = {}
     for stage in case.stages:
-        own = [*gradient_ops(case, stage, state), ("optimizer", optimizer_op(case, stage, state))]
-        for name, op in own:
-            part = "weight_gather" if name.startswith("weight") else "gradients"
-            families = pricer.families(op)
-            before = rows.get(
-                name, (part if name != "optimizer" else name, families[0], np.zeros(case.layout.pp))
-            )
-            before[2][stage.index] += float(np.max(pricer.seconds(op)))
-            rows[name] = before
-    return tuple(rows.values())
+        update = Exchanged("optimizer", optimizer_op(case, stage, state), "step")
+        for name, op, when in (*gradient_ops(case, stage, state), update):
+            if name not in parts:
+                category = "weight_gather" if name.startswith("weight") else "gradients"
+                category = "optimizer" if name == "optimizer" else category
+                families = tuple(pricer.families(op))
+                parts[name] = TailPart(name, category, op, families, when, np.zeros(case.layout.pp))
+            parts[name].stage_s[stage.index] = float(np.max(pricer.seconds(op)))
+    return tuple(parts.values())
 
 
 def _dividing(sizes: Sizes, layout: Layout) -> dict[str, FloatArray]:
@@ -257,6 +341,9 @@ class _Pipeline:
         self.times, self.n_micro, self.pp = times, n_micro, times.n_stages
         self.tasks: list[Task] = []
         self.done: dict[tuple[str, int, int], int] = {}
+        self.last = [-1] * self.pp
+        self.gather_s = np.broadcast_to(times.micro_gather_s, (self.pp,))
+        self.reduce_s = np.broadcast_to(times.micro_reduce_s, (self.pp,))
         self.alone = [np.where(np.arange(self.pp) == s, 0, -1) for s in range(self.pp)]
         self.pairs = [
             np.where((np.arange(self.pp) == s) | (np.arange(self.pp) == s + 1), 0, -1)
@@ -292,13 +379,23 @@ class _Pipeline:
                     self.pairs[min(stage, source)], "pipeline_send",
                 ),
             )  # fmt: skip
-        seconds = (self.times.forward_s if kind == "forward" else self.times.backward_s)[stage]
         name = f"{kind}.{stage}.{micro}"
+        seconds = (self.times.forward_s if kind == "forward" else self.times.backward_s)[stage]
+        # weights come while a stage waits for its input, and a send need not wait for gradients to be summed
+        self._around(f"weight_gather.{name}", self.gather_s[stage], stage, "weight_gather")
         self.done[kind, stage, micro] = self._add(name, "compute", seconds, after, self.alone[stage], kind)
+        self.last[stage] = self.done[kind, stage, micro]
+        if kind == "backward":
+            self._around(f"gradients.{name}", self.reduce_s[stage], stage, "gradients")
         return True
 
+    def _around(self, name: str, seconds: float, stage: int, kind: str) -> None:
+        """An exchange beside a pass; on the compute stream, so that no pass of its stage hides it."""
+        if seconds > 0:
+            self.last[stage] = self._add(name, "compute", np.full(1, seconds), (), self.alone[stage], kind)
+
     def _finish(self, stage: int) -> None:
-        last = self.done["backward", stage, self.n_micro - 1]
+        last = self.last[stage]
         tail = (self.times.reduce_s, self.times.optimizer_s, self.times.gather_s)
         for name, seconds in zip(TAIL, tail, strict=True):
             stream = "compute" if name == "optimizer" else "comm"

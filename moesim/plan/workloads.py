@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,22 +22,27 @@ __all__ = ["Sizes", "decode_outcome", "memory_of", "prefill_outcome", "serve_out
 Sizes = Mapping[str, FloatArray]
 
 HOW_MIXED = (
-    "tpot = decode steps, some of which carry a piece of a prompt; ttft = wait and the steps of a prompt"
+    "tpot = decode steps, some with a piece of a prompt; ttft = host's request_s, wait, a prompt's steps"
 )
-HOW_APART = "tpot = decode steps and the prompts run between them; ttft = wait and prefill"
+HOW_APART = "tpot = decode steps and the prompts run between them; ttft = host's request_s, wait, prefill"
 
 
-def memory_of(kind: str, case: Case, sizes: Sizes) -> dict[str, FloatArray]:
-    """Memory of the fullest rank at each size, by item [bytes]: cheap, so it is asked first."""
+def memory_of(kind: str, case: Case, sizes: Sizes, busiest: float) -> dict[str, FloatArray]:
+    """Memory of the fullest rank at each size, by item [bytes]: cheap, so it is asked first.
+
+    `busiest` is the rows of the busiest expert rank over the mean.
+    """
     if kind == "decode":
         sequences, tokens = _axes(sizes, "batch_per_rank", "context")
-        return inference_memory(case, sequences, tokens, sequences)
+        return inference_memory(case, sequences, tokens, sequences, busiest)
     if kind == "prefill":
         tokens, prompt = _axes(sizes, "tokens_per_rank", "prompt")
-        return inference_memory(case, np.ceil(tokens / prompt), prompt, tokens)
+        return inference_memory(case, np.ceil(tokens / prompt), prompt, tokens, busiest)
     prompt, answer, sequences = _axes(sizes, "input", "output", "batch_per_rank")
     chunk = np.minimum(sizes.get("chunk", prompt), prompt)
-    return inference_memory(case, sequences, prompt + answer, np.maximum(chunk, sequences))
+    # a step may hold one chunk of each prompt that starts together, and every running sequence besides
+    step_tokens = chunk * np.maximum(1.0, sequences / answer) + sequences
+    return inference_memory(case, sequences, prompt + answer, step_tokens, busiest)
 
 
 def decode_outcome(
@@ -47,11 +53,11 @@ def decode_outcome(
     sequences, tokens = _axes(sizes, "batch_per_rank", "context")
     one = run_pass(context, case, Batch.of("decode", sequences, 1, tokens))
     n_tokens = sequences * layout.dp
-    flops = model_flops(context.model, n_tokens, tokens)
+    flops = model_flops(context.model, n_tokens, tokens, "decode")
     return Outcome(
         case,
         dict(sizes),
-        memory_of("decode", case, sizes),
+        memory_of("decode", case, sizes, context.busiest(case)),
         step_s=one.period_s,
         tokens_per_s=n_tokens / one.period_s,
         mfu=_mfu(case, flops, one.period_s),
@@ -75,11 +81,11 @@ def prefill_outcome(
     tokens, prompt = _axes(sizes, "tokens_per_rank", "prompt")
     one = run_pass(context, case, _prompts(tokens, prompt))
     n_tokens = tokens * layout.dp
-    flops = model_flops(context.model, n_tokens, prompt / 2)
+    flops = model_flops(context.model, n_tokens, prompt / 2, "prefill")
     return Outcome(
         case,
         dict(sizes),
-        memory_of("prefill", case, sizes),
+        memory_of("prefill", case, sizes, context.busiest(case)),
         step_s=one.latency_s,
         tokens_per_s=n_tokens / one.period_s,
         mfu=_mfu(case, flops, one.period_s),
@@ -112,7 +118,10 @@ def serve_outcome(
 
         tpot = (1 - f) decode_s + f mixed_s          mixed, f at most 1
         tpot = decode_s + f prefill_s                apart
-        ttft = request_s + prompt_token_s input + wait + input / chunk * (mixed_s or prefill_s)
+        ttft = request_s + wait + input / chunk * (mixed_s or prefill_s)
+
+    Where prompts are mixed in and would need more steps than there are (f above 1), requests queue: one replica
+    ends ``g chunk / input / mixed_s`` a second, and Little's law gives the time to first token.
 
     The wait is half a token's time for the step in progress, and apart from that the queue for the prefill
     (M/D/1 at the share of time spent in it). Replicas of one expert group prefill at the same time, as their
@@ -127,53 +136,107 @@ def serve_outcome(
     together = np.maximum(1.0, sequences / answer)
     riding = sequences if context.backend.mixes_prefill else np.zeros_like(sequences)
     prefill, rows = _prefill_once(context, prefill_case, prompt, chunk, together, riding, held)
-    chunk_s, n_chunks = prefill.latency_s[rows.of], prompt / chunk
-    decode_s = decode.period_s
-    share = sequences / answer / together
-    busy = np.minimum(share * n_chunks, 1.0)
+    running = sizes.get("concurrency", sequences * layout.dp) / layout.dp
     host = context.pricer(decode_case, "decode").families(Pause("host", sequences))[0].values()
-    if context.backend.mixes_prefill:
-        tpot_s = decode_s + busy * (chunk_s - decode_s)
-        wait_s = tpot_s / 2
-    else:
-        tpot_s = decode_s + share * n_chunks * chunk_s
-        rho = np.minimum(share * n_chunks * chunk_s / tpot_s, 0.95)
-        wait_s = tpot_s / 2 + chunk_s * n_chunks * rho / (2 * (1 - rho))
-    asked_s = host.get("request_s", 0.0) + host.get("prompt_token_s", 0.0) * prompt
-    ttft_s = asked_s + wait_s + n_chunks * chunk_s
-    prefill_s = np.maximum(tpot_s - decode_s, 0.0)
-    request_s = ttft_s + np.maximum(answer - 1, 0) * tpot_s
-    tokens_per_s = sequences * layout.dp * answer / request_s
-    flops = model_flops(context.model, sequences * layout.dp, held)
-    flops = flops + sequences / answer * model_flops(context.model, prompt * layout.dp, prompt / 2)
-    parts = decode.category_s()
-    for name, seconds in prefill.category_s().items():
-        whole = np.broadcast_to(seconds, prefill.stage_s.shape[1:])[rows.of]
-        if context.backend.mixes_prefill:
-            whole = np.maximum(whole - parts.get(name, np.zeros(1)), 0.0)
-        parts[f"prefill {name}"] = whole * busy
+    loop = _Loop(
+        answer,
+        sequences,
+        running,
+        prompt / chunk,
+        together,
+        decode.period_s,
+        prefill.latency_s[rows.of],
+        context.backend.mixes_prefill,
+        host.get("request_s", 0.0) + np.zeros_like(prompt),
+    )
+    n_per_s = loop.requests_per_s * layout.dp
+    flops = model_flops(context.model, answer * n_per_s, held, "decode")
+    flops = flops + model_flops(context.model, prompt * n_per_s, prompt / 2, "prefill")
     kernels = np.hypot(
-        _band(decode, decode_s) * decode_s / tpot_s,
-        _band(prefill, prefill.latency_s)[rows.of] * prefill_s / tpot_s,
+        _band(decode, loop.decode_s) * loop.decode_s / loop.tpot_s,
+        _band(prefill, prefill.latency_s)[rows.of] * (loop.tpot_s - loop.decode_s) / loop.tpot_s,
     )
     return Outcome(
         decode_case,
         dict(sizes),
-        memory_of("serve", decode_case, sizes),
-        step_s=decode_s,
-        tokens_per_s=tokens_per_s,
-        mfu=_mfu(decode_case, flops, tpot_s),
+        memory_of("serve", decode_case, sizes, context.busiest(decode_case)),
+        step_s=loop.decode_s,
+        tokens_per_s=answer * n_per_s,
+        mfu=_mfu(decode_case, flops, np.ones_like(answer)),
         band_fraction=step_band(kernels),
-        ttft_s=ttft_s,
-        tpot_s=tpot_s,
+        ttft_s=loop.ttft_s,
+        tpot_s=loop.tpot_s,
         imbalance=decode.rank_imbalance,
         dropped_fraction=decode.dropped_fraction,
-        category_s=parts,
+        category_s=_served_categories(decode, prefill, rows, loop),
         calibrated=_calibrated(decode),
         passes={"decode": decode, "prefill": prefill},
         how=HOW_MIXED if context.backend.mixes_prefill else HOW_APART,
         play=decode.play,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Loop:
+    """Steady state of one replica; the equations are `serve_outcome`'s. Arrays are (n_points,)."""
+
+    answer: FloatArray
+    sequences: FloatArray
+    running: FloatArray
+    """Requests under way, below `sequences` where some replicas have none."""
+    n_chunks: FloatArray
+    together: FloatArray
+    decode_s: FloatArray
+    chunk_s: FloatArray
+    """A step with one chunk of a prompt, decoding included where mixed."""
+    mixed: bool
+    asked_s: FloatArray
+    """What a request costs before its first step."""
+
+    @property
+    def busy(self) -> FloatArray:
+        """Steps with a chunk over steps, or over decode steps where apart."""
+        wanted = self.sequences / self.answer / self.together * self.n_chunks
+        return np.minimum(wanted, 1.0) if self.mixed else wanted
+
+    @property
+    def tpot_s(self) -> FloatArray:
+        """Time per output token."""
+        more_s = self.chunk_s - self.decode_s if self.mixed else self.chunk_s
+        return self.decode_s + self.busy * more_s
+
+    @property
+    def _unbound_ttft_s(self) -> FloatArray:
+        own_s = self.n_chunks * self.chunk_s
+        wait_s = self.tpot_s / 2
+        if not self.mixed:
+            rho = np.minimum(self.busy * self.chunk_s / self.tpot_s, 0.95)
+            wait_s = wait_s + own_s * rho / (2 * (1 - rho))
+        return self.asked_s + wait_s + own_s
+
+    @property
+    def requests_per_s(self) -> FloatArray:
+        """Requests that one replica ends; where prompts are mixed in, no more than its steps have room for."""
+        request_s = self._unbound_ttft_s + np.maximum(self.answer - 1, 0) * self.tpot_s
+        rate = self.running / request_s
+        return np.minimum(rate, self.together / (self.n_chunks * self.chunk_s)) if self.mixed else rate
+
+    @property
+    def ttft_s(self) -> FloatArray:
+        """Time to first token: by Little's law where requests queue for room in the steps."""
+        queued_s = self.running / self.requests_per_s - np.maximum(self.answer - 1, 0) * self.tpot_s
+        return np.maximum(self._unbound_ttft_s, queued_s)
+
+
+def _served_categories(decode: Pass, prefill: Pass, rows: _Rows, loop: _Loop) -> dict[str, FloatArray]:
+    """Kernel time per output token by category, what prompts add under ``prefill ...``."""
+    parts = decode.category_s()
+    for name, seconds in prefill.category_s().items():
+        whole = np.broadcast_to(seconds, prefill.stage_s.shape[1:])[rows.of]
+        if loop.mixed:
+            whole = np.maximum(whole - parts.get(name, np.zeros(1)), 0.0)
+        parts[f"prefill {name}"] = whole * loop.busy
+    return parts
 
 
 class _Rows:
@@ -199,7 +262,7 @@ def _prefill_once(
     # a chunk sees, in the mean, half of the prompt before it
     seen = (whole + part) / 2
     batch = Batch.of("prefill", n_prompts, part, seen, n_riding, context_length)
-    return run_pass(context, case, batch), rows
+    return replace(run_pass(context, case, batch), row_of=rows.of), rows
 
 
 def _prompts(tokens: FloatArray, prompt: FloatArray) -> Batch:

@@ -141,6 +141,8 @@ def _figures(row: Record) -> list[tuple[str, str]]:
         ("tokens/s", count(_whole(number(row, "tokens_per_s")))),
         ("tokens/s per GPU", count(_whole(number(row, "tokens_per_s_per_gpu")))),
         ("cost per million tokens", usd(number(row, "usd_per_mtok"))),
+        ("days of the whole run", count(_whole(number(row, "days")))),
+        ("cost of the whole run", usd(number(row, "usd"))),
         ("model FLOP/s use", share(number(row, "mfu"))),
         ("imbalance, busiest over mean", count(_whole(number(row, "imbalance")))),
         ("memory", total_and_capacity(row)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from moesim.units import format_bytes, format_seconds, format_usd, parse_seconds
@@ -164,7 +165,7 @@ def layout_name(row: Record) -> str:
         shown.append(f"+{int(spare)}")
     # eplb is what replicas are placed with unless told otherwise
     if layout.get("placement") not in (None, "contiguous", "eplb" if spare else None):
-        shown.append(str(layout["placement"]))
+        shown.append(PurePath(str(layout["placement"])).name)  # a file goes by its name
     return " ".join(shown) or ABSENT
 
 

@@ -21,7 +21,9 @@ from moesim.routing.trace import RoutingTrace, read_trace
 
 __all__ = ["open_trace", "read_npz", "read_sglang_counts"]
 
-_LARGEST_JSON_BYTES = 2 * 10**9
+_LARGEST_JSON_BYTES = 256 * 10**6
+"""Parsed whole, a file takes some ten times its size in memory."""
+
 _UNEQUAL_FRACTION = 0.01
 
 
@@ -90,7 +92,12 @@ def read_sglang_counts(path: str | Path, *, model: str = "unknown", top_k: int |
     """
     file = Path(path)
     if file.stat().st_size > _LARGEST_JSON_BYTES:
-        raise TraceError("a count file has at most 2 GB", value=file.stat().st_size, place=str(file))
+        raise TraceError(
+            f"a count file has at most {_LARGEST_JSON_BYTES // 10**6} MB, since it is parsed whole",
+            value=file.stat().st_size,
+            place=str(file),
+            fix="sum its steps up, as the recorder's `stat` mode does, or give token-level .npz",
+        )
     try:
         data: Any = json.loads(file.read_bytes())
         counts = np.asarray(data["logical_count"], dtype=np.float64)

@@ -102,19 +102,28 @@ def factors_or_none(minimum: float) -> tuple[Any, ...]:
     return _parts(one, item, example, write=lambda value: "none" if value is None else value)
 
 
-def names(*allowed: str) -> tuple[Any, ...]:
-    """Make the pydantic annotations of words out of `allowed`; any word where it is empty."""
+def names(*allowed: str, files: tuple[str, ...] = ()) -> tuple[Any, ...]:
+    """Make the pydantic annotations of words out of `allowed`, and of paths that end as one of `files`.
+
+    Any word where `allowed` is empty.
+    """
 
     def one(value: object) -> str:
         if isinstance(value, str) and (value in allowed or (not allowed and value)):
+            return value
+        if isinstance(value, str) and value.lower().endswith(files):
             return value
         if not allowed:
             raise refuse("is not a name", "write a name from moesim list", value)
         near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? known: " if near else "use one of "
-        raise refuse("is unknown", hint + ", ".join(allowed), value)
+        more = f", or a file ending in {', '.join(files)}" if files else ""
+        raise refuse("is unknown", hint + ", ".join(allowed) + more, value)
 
     item: dict[str, Any] = {"enum": list(allowed)} if allowed else {"type": "string"}
+    if files:
+        ends = "|".join(end.removeprefix(".") for end in files)
+        item = {"anyOf": [item, {"type": "string", "pattern": rf"\.({ends})$"}]}
     return _parts(one, item, "one name or a list of names", ranges=False)
 
 

@@ -15,6 +15,10 @@ from moesim.scenario.source import Source
 __all__ = ["apply_overrides"]
 
 
+OBJECTIVES = {"maximise": "minimise", "minimise": "maximise"}
+"""An objective given as an override replaces the file's, whichever way that one goes."""
+
+
 def apply_overrides(source: Source, overrides: Sequence[str]) -> None:
     """Put each ``key.path=value`` into the contents of `source`; the value is read as YAML.
 
@@ -31,6 +35,9 @@ def apply_overrides(source: Source, overrides: Sequence[str]) -> None:
         if not sign or not all(path):
             raise ScenarioError("an override is key.path=value", place=place, fix="write layout.ep=8")
         _set(source, path, _value(text, place), place)
+        other = OBJECTIVES.get(path[0]) if len(path) == 1 else None
+        if other is not None and (other,) not in source.overridden:
+            source.data.pop(other, None)
 
 
 def _value(text: str, place: str) -> Any:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from moesim.errors import MoesimError, ScenarioError
+from moesim.scenario.choices import Choices
 from moesim.scenario.overrides import apply_overrides
 from moesim.scenario.schema import Scenario
 from moesim.scenario.source import Key, Source, parse_text, read_source
@@ -104,6 +105,16 @@ def _with_files(scenario: Scenario, source: Source, folder: Path) -> Scenario:
     """Replace file names by paths that exist, seen from the scenario's folder first."""
     model = _file(scenario.model, source, ("model",), folder)
     scenario = scenario.model_copy(update={"model": model})
+    if scenario.layout.placement is not None:
+        where = ("layout", "placement")
+        placements = Choices(
+            tuple(
+                _file(name, source, where, folder) if Path(name).suffix else name
+                for name in scenario.layout.placement
+            )
+        )
+        layout = scenario.layout.model_copy(update={"placement": placements})
+        scenario = scenario.model_copy(update={"layout": layout})
     if scenario.routing.trace is None:
         return scenario
     trace = _file(scenario.routing.trace, source, ("routing", "trace"), folder)
@@ -121,12 +132,13 @@ def _file(name: str, source: Source, path: tuple[str, ...], folder: Path) -> str
             return str(candidate)
     if Path(name).suffix.lower() not in _FILES:
         return name
-    what = "trace" if path[0] == "routing" else path[0]
+    what = path[0] if path == ("model",) else path[-1]
+    listed = "" if what == "placement" else ", or a name from moesim list"
     raise ScenarioError(
         f"there is no such {what} file",
         value=name,
         place=source.place(path),
-        fix=f"give a path from {folder.resolve()} or from here, or a name from moesim list",
+        fix=f"give a path from {folder.resolve()} or from here{listed}",
     )
 
 

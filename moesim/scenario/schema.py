@@ -30,10 +30,12 @@ Counts = Annotated[Choices[int], *counts(1)]
 CountsOrZero = Annotated[Choices[int], *counts(0)]
 Gpus = Annotated[Choices[str], *names()]
 Factors = Annotated[Choices[float | None], *factors_or_none(0.0)]
-Placements = Annotated[Choices[str], *names("contiguous", "round-robin", "balanced", "eplb")]
+Placements = Annotated[
+    Choices[str], *names("contiguous", "round-robin", "balanced", "eplb", files=(".json", ".yaml", ".yml"))
+]
 Overlaps = Annotated[Choices[str], *names("none", "two-batch")]
 Dispatches = Annotated[
-    Choices[str], *names("auto", "low-latency", "normal", "nccl", "allgather", "allreduce", "none")
+    Choices[str], *names("auto", "low-latency", "normal", "nccl", "allgather", "allreduce")
 ]
 WeightDtype = Literal["bfloat16", "fp8", "fp8_block", "w4a16_mxfp4", "nvfp4"]
 
@@ -121,7 +123,7 @@ class ClusterChoice(_Part):
 
 
 class LayoutChoice(_Part):
-    """How the model is cut; in a plan, a key left out takes every value that divides."""
+    """How the model is cut; in a plan, a key left out takes the values of docs/plan.md, as far as they divide."""
 
     tp: Counts | None = None
     """Ranks that share one attention replica (tensor parallel); 1 in a run."""
@@ -136,7 +138,8 @@ class LayoutChoice(_Part):
     redundant_experts: CountsOrZero | None = None
     """Extra expert replicas per layer; 0 in a run."""
     placement: Placements | None = None
-    """How experts are put into slots; contiguous in a run, eplb where there are redundant experts."""
+    """How experts are put into slots: `contiguous`, `round-robin`, `balanced`, `eplb`, or a JSON or YAML file of a
+    `physical_to_logical_map`; contiguous in a run, eplb where there are redundant experts."""
 
     def sizes(self, n_gpus: int, n_experts: int) -> LayoutSizes:
         """The one layout of a run, with the defaults filled in.
@@ -213,12 +216,11 @@ class Policy(_Part):
     """Tokens that an expert takes, over the mean; the rest are dropped. none keeps them all."""
     capacity_convention: Literal["megatron", "tutel", "megablocks"] = "megatron"
     """Whose rounding and whose tokens `capacity_factor` counts; see docs/scenario.md."""
-    overflow: Literal["drop-position", "drop-weight"] = "drop-position"
-    """Which tokens are dropped: the last of the batch, or those of the least router weight."""
     overlap: Overlaps | None = None
     """Communication behind computation: none, or two half batches in turn; a plan tries both, a run none."""
     dispatch: Dispatches = Choices(("auto",))
-    """How tokens reach their experts; auto takes what the backend would."""
+    """How tokens reach their experts: `auto`, what the backend would take; `low-latency`, `normal` (DeepEP), `nccl`,
+    `allgather` between attention replicas; `allreduce` inside one that spans the expert group."""
 
 
 class Targets(_Part):
@@ -272,8 +274,8 @@ class Scenario(_Part):
     """Format of the weights; the model's own where left out."""
     kv_dtype: Literal["bfloat16", "fp8"] | None = None
     """Format of the KV cache; bfloat16, or what the backend takes for the model, where left out."""
-    backend: Literal["auto", "sglang", "vllm", "trtllm", "moesim"] = "auto"
-    """Whose kernels: auto takes the family with the most measurements behind it."""
+    backend: Literal["auto", "sglang", "vllm", "trtllm"] = "auto"
+    """Whose kernels and steady state; auto is sglang."""
     seed: NonNegativeInt = 0
     """Seed of every random draw."""
 

@@ -99,6 +99,11 @@ class Case:
         pp, n_layers = self.layout.pp, self.model.n_layers
         if pp > n_layers:
             raise LayoutError(f"{n_layers} layers give no {pp} stages", fix=f"try pp={n_layers}")
+        if pp > 1 and any(layer.role == "encoder" for layer in self.model.layers):
+            # encoder and decoder layers run in different phases: cut by number, stages would stand idle
+            raise LayoutError(
+                "a model with an encoder is not cut into pipeline stages", value=f"pp={pp}", fix="try pp=1"
+            )
         cuts = np.linspace(0, n_layers, pp + 1).round().astype(int)
         return tuple(Stage(i, tuple(range(cuts[i], cuts[i + 1])), i == 0, i == pp - 1) for i in range(pp))
 

@@ -33,8 +33,8 @@ KV_BYTES = {"bfloat16": 2.0, "fp8": 1.0}
 """Bytes of one cached number."""
 
 RUNTIME_BYTES = 3.0e9
-"""CUDA context, library handles, NCCL and graph buffers [bytes]. Assumed: SGLang and vLLM leave 10% of an
-80 GB device free for them (their `mem-fraction-static` and `gpu-memory-utilization` default near 0.9)."""
+"""CUDA context, library handles, NCCL and graph buffers [bytes]. Assumed. Engines leave more free by default, about
+a tenth of the device (vLLM's `gpu-memory-utilization`, SGLang's `mem-fraction-static`), as slack."""
 
 KV_PAGE_TOKENS = 64
 """Tokens of one page of the KV cache: a sequence's last page is half empty on average (vLLM's block for MLA)."""
@@ -144,7 +144,7 @@ def kv_bytes_per_sequence(case: Case, stage: Stage, context: FloatArray) -> Floa
 
 
 def inference_memory(
-    case: Case, n_sequences: FloatArray, context: FloatArray, n_tokens: FloatArray
+    case: Case, n_sequences: FloatArray, context: FloatArray, n_tokens: FloatArray, busiest: float = 1.0
 ) -> dict[str, FloatArray]:
     """Memory of the fullest rank while serving [bytes].
 
@@ -158,13 +158,15 @@ def inference_memory(
         Tokens of each at its longest.
     n_tokens : (n_points,)
         Tokens of the largest step that one replica runs.
+    busiest
+        Routed rows of the busiest rank over the mean.
 
     Returns
     -------
     dict of str to (n_points,) array
         ``weights_experts, weights_dense, kv_cache, activations, exchange_buffers, runtime, total, capacity``.
     """
-    per_stage = [_stage_memory(case, stage, n_sequences, context, n_tokens) for stage in case.stages]
+    per_stage = [_stage_memory(case, stage, n_sequences, context, n_tokens, busiest) for stage in case.stages]
     totals = np.stack([sum(items.values(), np.zeros_like(context)) for items in per_stage])
     fullest = totals.argmax(axis=0)
     points = np.arange(len(fullest))
@@ -175,18 +177,25 @@ def inference_memory(
 
 
 def _stage_memory(
-    case: Case, stage: Stage, n_sequences: FloatArray, context: FloatArray, n_tokens: FloatArray
+    case: Case,
+    stage: Stage,
+    n_sequences: FloatArray,
+    context: FloatArray,
+    n_tokens: FloatArray,
+    busiest: float,
 ) -> dict[str, FloatArray]:
     ones = np.ones_like(context)
     items = {name: size * ones for name, size in weight_bytes(case, stage).items()}
     items["kv_cache"] = n_sequences * kv_bytes_per_sequence(case, stage, context)
-    items["activations"] = _step_activations(case, stage, n_sequences, n_tokens)
+    items["activations"] = _step_activations(case, stage, n_sequences, n_tokens, busiest)
     items["exchange_buffers"] = _exchange_buffers(case, n_sequences)
     items["runtime"] = RUNTIME_BYTES * ones
     return items
 
 
-def _step_activations(case: Case, stage: Stage, n_sequences: FloatArray, n_tokens: FloatArray) -> FloatArray:
+def _step_activations(
+    case: Case, stage: Stage, n_sequences: FloatArray, n_tokens: FloatArray, busiest: float
+) -> FloatArray:
     """Live tensors of the widest layer, and the logits.
 
     The widest moment holds the residual, its norm, and either a feed-forward's up and gate or the routed
@@ -195,7 +204,7 @@ def _step_activations(case: Case, stage: Stage, n_sequences: FloatArray, n_token
     widest = 0.0
     for layer in {case.model.kind_of_layer[i]: case.layer(i) for i in stage.layers}.values():
         if layer.moe is not None:
-            width = _moe_width(case, layer.moe)
+            width = _moe_width(case, layer.moe, busiest)
         else:
             width = 3 * (layer.dense_intermediate or 0) / case.layout.tp
         attention = layer.attention
@@ -207,10 +216,10 @@ def _step_activations(case: Case, stage: Stage, n_sequences: FloatArray, n_token
     return n_tokens * (4 * case.model.hidden + widest) * 2.0 + logits
 
 
-def _moe_width(case: Case, moe: MoeSpec) -> float:
+def _moe_width(case: Case, moe: MoeSpec, busiest: float) -> float:
     """Values per token of a replica that one rank's routed rows take: input, output, both products."""
     layout = case.layout
-    each = 2 * case.model.hidden + 3 * moe.intermediate / layout.etp
+    each = busiest * (2 * case.model.hidden + 3 * moe.intermediate / layout.etp)
     if case.dispatch == "allreduce":
         return moe.top_k / (layout.ep * layout.n_expert_groups) * each
     if case.dispatch == "allgather":

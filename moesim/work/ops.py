@@ -137,17 +137,20 @@ class ReduceScatter:
 class Exchange:
     """Token vectors between ranks, either way.
 
-    Copies are token vectors that leave or reach a rank, its own not counted.
+    Copies are token vectors that leave or reach a rank, its own not counted. ``low-latency`` and ``nccl`` count
+    one per (token, expert), over either link. ``normal`` counts over NVLink one per (token, rank), what a rank
+    forwards included, and over NICs one per (token, domain); where domains do not divide the group, it counts one
+    per (token, rank) over either link.
     """
 
     n_tokens: FloatArray
     """[P, L, R] tokens that each rank holds."""
     sent_nvlink: FloatArray
-    """[P, L, R] copies sent inside the scale-up domain, at most one per (token, rank)."""
+    """[P, L, R] copies sent inside the scale-up domain, forwarded ones included."""
     received_nvlink: FloatArray
-    """[P, L, R] the same, received, forwarded ones included."""
+    """[P, L, R] the same, received."""
     sent_nic: FloatArray
-    """[P, L, R] copies sent to other domains: one per (token, domain) if `deduplicated`, else per expert."""
+    """[P, L, R] copies sent to other domains."""
     received_nic: FloatArray
     """[P, L, R] the same, received."""
     token_bytes: float

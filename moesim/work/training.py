@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from moesim.work.ops import (
 )
 from moesim.work.step import Block, Node, Step
 
-__all__ = ["backward_step", "gradient_ops", "optimizer_op"]
+__all__ = ["Exchanged", "backward_step", "gradient_ops", "optimizer_op"]
 
 
 def backward_step(forward: Step, state: TrainingState) -> Step:
@@ -86,12 +87,34 @@ def _turned(op: Exchange, kind: type[Dispatch] | type[Combine]) -> Dispatch | Co
     )  # fmt: skip
 
 
-def gradient_ops(case: Case, stage: Stage, state: TrainingState) -> list[tuple[str, Op]]:
-    """Reduction of one stage's gradients, experts apart: they have `edp` copies, all else `dp`.
+class Exchanged(NamedTuple):
+    """One exchange among the copies of a stage's weights."""
 
-    With ZeRO the all-reduce is a reduce-scatter of gradients and an all-gather of new weights.
+    name: str
+    op: Op
+    when: Literal["forward", "backward", "step"]
+    """With each micro-batch's forward or backward pass, or once a step."""
+
+
+def gradient_ops(case: Case, stage: Stage, state: TrainingState) -> list[Exchanged]:
+    """Exchanges of one stage's gradients and weights, experts apart: they have `edp` copies, all else `dp`.
+
+    Notes
+    -----
+    ========  =====================================  ==========================================
+    ``zero``  gradients                              weights
+    ========  =====================================  ==========================================
+    0         all-reduced once a step                whole on every rank
+    1         reduce-scattered once a step           gathered once a step, after the optimiser
+    2         reduce-scattered after each backward   gathered once a step, after the optimiser
+    3         reduce-scattered after each backward   gathered before each forward and backward
+    ========  =====================================  ==========================================
+
+    From ZeRO-2 on a rank keeps its share of the gradients alone, so each micro-batch's must be summed before the
+    next one's overwrite them; ZeRO-3 frees the weights after each pass (ZeRO, arXiv:1910.02054, sections 5 and 7;
+    FSDP, arXiv:2304.11277, sections 3.2.1 and 3.3, without `no_sync`, which would keep whole gradients).
     """
-    ops: list[tuple[str, Op]] = []
+    ops: list[Exchanged] = []
     for name, group, copies in (("dense", "dp", case.layout.dp), ("expert", "edp", case.layout.edp)):
         elements = sum(
             n
@@ -102,12 +125,20 @@ def gradient_ops(case: Case, stage: Stage, state: TrainingState) -> list[tuple[s
             continue
         grads = np.full((1, 1, 1), elements * state.grad_bytes)
         if state.zero == 0:
-            ops.append((f"grad_all_reduce.{name}", AllReduce(grads, group)))
+            ops.append(Exchanged(f"grad_all_reduce.{name}", AllReduce(grads, group), "step"))
             continue
-        ops.append((f"grad_reduce_scatter.{name}", ReduceScatter(grads, group)))
-        # ZeRO-3 keeps no whole weights between passes: gathered for the forward and for the backward
-        gathered = elements * 2.0 * (2 if state.zero == 3 else 1)
-        ops.append((f"weight_all_gather.{name}", AllGather(np.full((1, 1, 1), gathered), group)))
+        scattered, gathered = (
+            ReduceScatter(grads, group),
+            AllGather(np.full((1, 1, 1), elements * 2.0), group),
+        )
+        ops.append(
+            Exchanged(f"grad_reduce_scatter.{name}", scattered, "backward" if state.zero >= 2 else "step")
+        )
+        if state.zero == 3:
+            ops.append(Exchanged(f"weight_all_gather_forward.{name}", gathered, "forward"))
+            ops.append(Exchanged(f"weight_all_gather_backward.{name}", gathered, "backward"))
+        else:
+            ops.append(Exchanged(f"weight_all_gather.{name}", gathered, "step"))
     return ops
 
 

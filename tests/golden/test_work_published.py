@@ -110,17 +110,38 @@ def test_gradients_of_mixtral_on_128_gpus():
     assert [pricer.group(name).n_ranks for name in ("ep", "dp", "edp")] == [8, 128, 16]
     # a node of 8 holds one expert group: the exchange stays inside, an expert's copies are a node apart
     assert [pricer.group(name).ranks_per_domain for name in ("ep", "dp", "edp")] == [8, 8, 1]
-    ops = dict(gradient_ops(case, whole(case), TrainingState(zero=0)))
+    ops = {one.name: one.op for one in gradient_ops(case, whole(case), TrainingState(zero=0))}
     expert = 32 * 8 * 3 * 4096 * 14336
     dense = count_parameters(case.model).total - expert
     assert all(isinstance(op, AllReduce) for op in ops.values())
     assert ops["grad_all_reduce.expert"].payload_bytes.item() == expert / 8 * 4
     assert ops["grad_all_reduce.dense"].payload_bytes.item() == dense * 4
-    divided = dict(gradient_ops(case, whole(case), TrainingState(zero=1)))
+    divided = {one.name: one.op for one in gradient_ops(case, whole(case), TrainingState(zero=1))}
     assert divided["grad_reduce_scatter.dense"].payload_bytes.item() == dense * 4
     assert divided["weight_all_gather.dense"].payload_bytes.item() == dense * 2
-    thrice = dict(gradient_ops(case, whole(case), TrainingState(zero=3)))
-    assert thrice["weight_all_gather.dense"].payload_bytes.item() == dense * 4
+
+
+def test_zero_3_sends_half_as_much_again_for_every_micro_batch():
+    """1.5 times plain data parallelism (arXiv:1910.02054, section 7.2.2): three passes over 16-bit values, not two.
+
+    The weights come whole before the forward and once more before the backward, and are dropped after each, so both
+    gathers and the scatter repeat with every micro-batch: one gather of twice the bytes a step, as this test
+    held before, is right for a single micro-batch only.
+    """
+    case = case_of("mixtral-8x7b", Layout(dp=128, ep=8), "train")
+    each = {
+        zero: gradient_ops(case, whole(case), TrainingState(zero=zero, grad_bytes=2.0)) for zero in (1, 2, 3)
+    }
+    sent = {
+        zero: [
+            (one.when, one.op.payload_bytes.item()) for one in found if one.name.endswith("dense")
+        ]
+        for zero, found in each.items()
+    }  # fmt: skip
+    dense = 2 * (count_parameters(case.model).total - 32 * 8 * 3 * 4096 * 14336)
+    assert sent[1] == [("step", dense), ("step", dense)]
+    assert sent[2] == [("backward", dense), ("step", dense)]
+    assert sent[3] == [("backward", dense), ("forward", dense), ("backward", dense)]
 
 
 def megatron_layout(config: dict) -> Layout:

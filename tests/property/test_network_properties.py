@@ -114,6 +114,32 @@ def test_skew_is_never_quicker_than_the_same_copies_spread_evenly(
 
 
 @few
+@given(
+    seed=seeds,
+    n_ranks=st.sampled_from([16, 24, 64]),
+    share=st.floats(0.0, 1.0),
+    to=st.sampled_from([Dispatch, Combine]),
+)
+def test_nccl_copies_are_never_cheaper_over_nics(seed: int, n_ranks: int, share: float, to: type) -> None:
+    op = traffic(seed, n_ranks, "nccl", to)
+    moved = replace(
+        op,
+        sent_nvlink=(1 - share) * op.sent_nvlink, received_nvlink=(1 - share) * op.received_nvlink,
+        sent_nic=op.sent_nic + share * op.sent_nvlink, received_nic=op.received_nic + share * op.received_nvlink,
+    )  # fmt: skip
+    near_only = replace(
+        op,
+        sent_nvlink=op.sent_nvlink + op.sent_nic, received_nvlink=op.received_nvlink + op.received_nic,
+        sent_nic=0 * op.sent_nic, received_nic=0 * op.received_nic,
+    )  # fmt: skip
+    near_only_s, before_s, after_s = (price(each) for each in (near_only, op, moved))
+    assert np.all(near_only_s < before_s) and np.all(before_s <= after_s * (1 + 1e-12))
+    fraction = PARAMS.nccl["inter_node"]["nic_rate_fraction"]
+    far = np.maximum(moved.sent_nic, moved.received_nic) * op.token_bytes
+    assert np.all(after_s >= far / (fraction * NIC))
+
+
+@few
 @given(seed=seeds, n_ranks=group_sizes, kind=kinds)
 def test_more_copies_never_take_less_time(seed: int, n_ranks: int, kind: str) -> None:
     op = traffic(seed, n_ranks, kind, Dispatch)

@@ -26,6 +26,8 @@ SIZES = st.sampled_from([1, 2, 4, 8])
 @st.composite
 def layouts(draw: st.DrawFn, model: str, *, pp: bool = False) -> Layout:
     moe = load_model(model).is_moe
+    # encoder and decoder layers make no stages
+    pp = pp and all(layer.role == "decoder" for layer in load_model(model).layers)
     tp, dp = draw(SIZES), draw(SIZES)
     ep, etp = (draw(st.sampled_from([1, 2, 4, 8, 16])), draw(st.sampled_from([1, 2]))) if moe else (1, 1)
     return Layout(tp=tp, dp=dp, ep=ep, etp=etp, pp=draw(st.sampled_from([1, 2, 3])) if pp else 1)

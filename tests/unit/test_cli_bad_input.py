@@ -209,6 +209,10 @@ LAYOUTS = {
     "redundant experts do not divide": (("--set", "layout.redundant_experts=3"), "try redundant_experts=8"),
     "more GPUs than there are": (("--set", "layout={tp: 8, dp: 4}"), "takes 32 GPUs"),
     "experts of a dense model": (("--set", "model=llama-3.1-8b"), "dense"),
+    "missing placement file": (
+        ("--set", "layout.placement=none-such.json"),
+        "'none-such.json': there is no such placement file",
+    ),
     "width of experts": (
         ("--set", "layout={tp: 8, ep: 1, etp: 6, dp: 3}", "--set", "cluster.nodes=3"),
         "etp",
@@ -309,6 +313,53 @@ def test_layout(moesim: Callable[..., Told], tmp_path: Path, arguments: tuple[st
     told = moesim(*GOOD_RUN, *arguments)
     check(told, tmp_path, before, said)
     assert told.err.startswith(("moesim: good.yaml:3:", "moesim: --set layout"))
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ([0, 1, 2, 3, 4, 5, 6], "7"),
+        ([0, 1, 2, 3, 4, 5, 6, 6], "7: every expert has a slot"),
+        ([0, 1, 2, 3, 4, 5, 6, 9], "9: experts in a placement lie in 0..7"),
+        ([*range(8), *range(8)], "has 16 slots a layer and the layout 8; fix: write redundant_experts: 8"),
+        ([[*range(8)]] * 5, "has 5 rows and the model 32 MoE layers"),
+        ("none", "physical_to_logical_map is whole numbers"),
+    ],
+    ids=["too few", "one absent", "out of range", "redundant", "layers", "no map"],
+)
+def test_a_wrong_placement_map(moesim: Callable[..., Told], tmp_path: Path, table: object, said: str) -> None:
+    (tmp_path / "map.json").write_text(json.dumps({"physical_to_logical_map": table}))
+    before = set(tmp_path.rglob("*"))
+    told = moesim(*GOOD_RUN, "--set", "layout.placement=map.json")
+    check(told, tmp_path, before, said)
+    assert told.err.startswith("moesim: map.json: ")
+
+
+def test_a_missing_placement_is_told_at_its_place(moesim: Callable[..., Told], tmp_path: Path) -> None:
+    changed("ep: 8}", "ep: 8, placement: map.yml}")(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    told = moesim(*RUN)
+    check(told, tmp_path, before, "'map.yml': there is no such placement file; fix: give a path")
+    assert told.err.startswith("moesim: bad.yaml:3:35:")
+
+
+@pytest.mark.parametrize(
+    ("layout", "dispatch"), [("{tp: 8, ep: 8}", "low-latency"), ("{tp: 1, ep: 8}", "allreduce")]
+)
+def test_a_dispatch_that_the_layout_cannot_have(
+    moesim: Callable[..., Told], tmp_path: Path, layout: str, dispatch: str
+) -> None:
+    changed("{tp: 8, ep: 8}", f"{layout}\npolicy: {{dispatch: {dispatch}}}")(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    told = moesim(*RUN)
+    check(told, tmp_path, before, f"'{dispatch}': ", "fix: write dispatch: auto")
+    assert told.err.startswith("moesim: bad.yaml:4:20:")
+
+
+@pytest.mark.parametrize("key", ["policy.overflow=drop-position", "policy.dispatch=none", "backend=moesim"])
+def test_keys_that_changed_nothing_are_gone(moesim: Callable[..., Told], tmp_path: Path, key: str) -> None:
+    before = set(tmp_path.rglob("*"))
+    check(moesim(*GOOD_RUN, "--set", key), tmp_path, before, f"--set {key}: ")
 
 
 @pytest.mark.parametrize(("override", "said"), OVERRIDES.values(), ids=OVERRIDES)

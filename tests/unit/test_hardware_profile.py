@@ -78,7 +78,8 @@ def test_a_gpu_never_measured_takes_its_relatives_efficiencies() -> None:
         profile = profile_for(gpu.name)
         assert profile.device == gpu.name
         if gpu.name not in ("h200-sxm", "h100-sxm"):
-            assert profile.carried_from == ("h100-sxm" if gpu.name == "h800-sxm" else "h200-sxm")
+            # not the H100's, the H800's nearest: one cluster's congestion is in it
+            assert profile.carried_from == "h200-sxm"
             assert profile.families == load_profile(profile.carried_from).families
 
 

@@ -134,6 +134,25 @@ def test_nccl_exchange_is_an_all_to_all_of_the_busiest_port() -> None:
     assert dispatch_s(op, cluster=NODE, params=PARAMS) == pytest.approx(np.full((1, 1, 8), direct))
     far = exchange(512, 500, 3000, kind="nccl", ranks=32)
     assert bounding_link(far, cluster=CLUSTER, params=PARAMS) == "nic"
+    nothing = exchange(512, 0, kind="nccl")
+    assert np.all(dispatch_s(nothing, cluster=NODE, params=PARAMS) == 0)
+
+
+def test_nccl_exchange_pays_for_where_its_copies_go() -> None:
+    """4 nodes, 3,500 copies a rank: 875 or 2,712 of them (a quarter, or evenly 24 of 31) leave their node."""
+
+    def at(far: float) -> float:
+        op = exchange(512, 3500 - far, far, kind="nccl", ranks=32)
+        return float(dispatch_s(op, cluster=CLUSTER, params=PARAMS).max())
+
+    near, even = at(875.0), at(3500 * 24 / 31)
+    assert even > 2 * near
+    # evenly spread it is NCCL's own all-to-all, give or take the start of the kernel
+    uniform = all_to_all_s(
+        3500 * 7392.0 * 32 / 31, n_ranks=32, ranks_per_node_in_group=8, cluster=CLUSTER, params=PARAMS
+    )
+    assert uniform <= even < 1.1 * uniform
+    assert even >= 3500 * 24 / 31 * 7392 / (0.97 * 50e9)
 
 
 def test_ranks_that_are_spread_out_see_more_domains() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moesim.errors import LayoutError
 from moesim.plan.context import Choice
 from moesim.plan.outcome import Outcome, model_flops
 from moesim.plan.steps import run_pass
@@ -141,6 +142,46 @@ def test_a_window_bounds_the_flops_of_attention():
     assert farther - far == 1000 * full * 4 * 64 * 64
 
 
+def test_an_encoders_phases_count_the_layers_that_run():
+    """Switch-Base: 12 encoder and 12 decoder layers; 4 d^2 of attention, 2 d f of one expert or dense layer."""
+    model = context_of("switch-base-8").model
+    one, none = np.ones(1), np.zeros(1)
+    flops = {phase: model_flops(model, one, none, phase)[0] for phase in ("prefill", "decode", "train")}
+    d, f = 768, 3072
+    layer = 4 * d * d + 2 * d * f
+    wanted = {
+        "prefill": 12 * layer + 12 * 2 * d * d,  # the encoder, and the decoder's cross keys and values
+        "decode": 12 * layer + 12 * 2 * d * d + 32128 * d,  # cross queries and outputs, and the head
+    }
+    for phase, weights in wanted.items():
+        assert flops[phase] == pytest.approx(2 * weights, rel=5e-3)
+    assert flops["train"] == pytest.approx(flops["prefill"] + flops["decode"], rel=1e-3)
+    # a prompt of 1,000 tokens: all of them see all of it in 12 layers; a new token sees them in 24 attentions
+    seen = model_flops(model, one, 500 * one, "prefill")[0] - flops["prefill"]
+    assert seen == 12 * 1000 * 4 * d
+    assert model_flops(model, one, 1000 * one, "decode")[0] - flops["decode"] == 24 * 1000 * 4 * d
+    dense = context_of("llama-3.1-8b").model
+    assert len({float(model_flops(dense, one, one, phase)[0]) for phase in flops}) == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "phase", "wanted", "why"),
+    [
+        (Layout(dp=8, ep=8), "decode", "allreduce", "8 attention replicas has to exchange tokens"),
+        (Layout(dp=8, ep=8), "train", "allreduce", "has to exchange tokens"),
+        (Layout(tp=8, ep=8), "decode", "low-latency", "its ranks hold every token already"),
+        (Layout(tp=8, ep=4, etp=2), "prefill", "allgather", "its ranks hold every token already"),
+        (Layout(dp=8), "decode", "normal", "its ranks hold every token already"),
+        (Layout(tp=8, ep=8), "train", "normal", "training exchanges them by nccl"),
+    ],
+)
+def test_a_dispatch_that_does_not_go_with_the_layout_is_refused(layout, phase, wanted, why):
+    with pytest.raises(LayoutError, match=why) as caught:
+        case_of("mixtral-8x7b", layout, phase, Choice(wanted))
+    assert caught.value.place == "policy.dispatch"
+    assert caught.value.fix
+
+
 @pytest.mark.parametrize(
     ("backend", "layout", "phase", "wanted", "dispatch"),
     [
@@ -153,6 +194,8 @@ def test_a_window_bounds_the_flops_of_attention():
         ("sglang", Layout(tp=8, ep=8), "train", "auto", "nccl"),
         ("sglang", Layout(tp=8, etp=8), "train", "auto", "allreduce"),
         ("sglang", Layout(dp=8, ep=8), "train", "auto", "nccl"),
+        ("sglang", Layout(tp=8, ep=8), "train", "nccl", "nccl"),
+        ("sglang", Layout(tp=8, ep=8), "decode", "allreduce", "allreduce"),
     ],
 )
 def test_how_tokens_reach_their_experts(backend, layout, phase, wanted, dispatch):

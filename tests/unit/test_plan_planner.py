@@ -74,14 +74,14 @@ def test_ranking_follows_the_objective(more: str, metric: str, sign: int) -> Non
 
 
 def test_targets_are_met_and_what_misses_them_says_by_how_much() -> None:
-    found = planned(more="subject_to: {tpot: <= 8 ms, ttft: <= 120 ms}")
+    found = planned(more="subject_to: {tpot: <= 8 ms, ttft: <= 260 ms}")
     assert 0 < len(found.ranked) < len(planned().ranked)
     assert max(value(found, "tpot")) <= 8e-3
-    assert max(value(found, "ttft")) <= 0.12
+    assert max(value(found, "ttft")) <= 0.26
     missed = [one for one in found.refused if one.kind == "target"]
     assert missed
     for one in missed:
-        assert "not <= 8 ms" in one.reason or "not <= 120 ms" in one.reason
+        assert "not <= 8 ms" in one.reason or "not <= 260 ms" in one.reason
         assert one.batch_per_rank in (4, 32, 128)
         assert one.cluster is not None
 
@@ -166,6 +166,15 @@ def test_overrides_of_the_layout() -> None:
     assert {row["pp"] for row in layouts(found)} == {1}
 
 
+def test_a_dispatch_that_a_layout_cannot_have_rules_it_out() -> None:
+    found = planned(override=("policy.dispatch=low-latency", "layout.pp=1"))
+    assert found.ranked
+    assert {one.outcome.case.dispatch for one in found.ranked} == {"low-latency"}
+    assert any(
+        "hold every token already" in one.reason and one.kind == "divisibility" for one in found.refused
+    )
+
+
 def test_an_unknown_placement_is_refused_where_it_stands() -> None:
     with pytest.raises(MoesimError, match=r"--set layout\.placement=spread: 'spread': is unknown"):
         planned(override=("layout.placement=spread",))
@@ -243,10 +252,10 @@ def test_points_are_counted() -> None:
 
 
 def test_the_cloud_says_which_points_meet_the_targets() -> None:
-    found = planned(more="subject_to: {tpot: <= 8 ms, ttft: <= 120 ms}")
+    found = planned(more="subject_to: {tpot: <= 8 ms, ttft: <= 260 ms}")
     meeting = [one for one in found.cloud if one["feasible"]]
     assert {key(one["layout"]) for one in meeting} == {key(row) for row in layouts(found)}
-    assert all(one["tpot_s"] <= 8e-3 and one["ttft_s"] <= 0.12 for one in meeting)
+    assert all(one["tpot_s"] <= 8e-3 and one["ttft_s"] <= 0.26 for one in meeting)
     missing = [one for one in found.cloud if not one["feasible"]]
     assert all(one["tpot_s"] > 8e-3 or one["ttft_s"] > 0.12 for one in missing)
 

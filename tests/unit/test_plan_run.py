@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from io import StringIO
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from moesim.errors import LayoutError, ScenarioError
 from moesim.plan import explain, plan, plan_answer, price_one, run, run_answer
+from moesim.plan.context import Choice, Context
 from moesim.plan.explain import families_used
-from moesim.scenario import Scenario, parse_scenario
+from moesim.plan.workloads import serve_outcome
+from moesim.report.tables import run_table
+from moesim.scenario import Scenario, load_scenario, parse_scenario
+from moesim.work.case import Layout
 
 BASE = """
 model: {model}
@@ -212,3 +218,76 @@ def test_an_outcome_that_kept_no_steps_cannot_be_explained() -> None:
     bare = replace(price_one(asked()), passes={})
     with pytest.raises(ScenarioError, match="no terms to explain"):
         explain(bare)
+
+
+def test_a_size_is_explained_by_the_prompts_it_runs() -> None:
+    """Sizes that share a prefill step share its row: the second and third here run the first's and the second's."""
+    sizes = {
+        "input": np.array([2000.0, 2000.0, 500.0]),
+        "output": np.full(3, 1000.0),
+        "batch_per_rank": np.array([4.0, 8.0, 8.0]),
+    }
+    context = Context.of(asked())
+    layout = Layout(dp=8, ep=8)
+    (cluster,) = asked().cluster.clusters()
+
+    def prompts_s(points: list[int], point: int) -> float:
+        chosen = {name: axis[points] for name, axis in sizes.items()}
+        told = explain(serve_outcome(context, cluster, layout, Choice(), chosen), point)
+        return next(one["step_s"] for one in told["passes"] if one["name"] == "prefill")
+
+    for point in range(3):
+        assert prompts_s([0, 1, 2], point) == pytest.approx(prompts_s([point], 0), rel=1e-6)
+    assert prompts_s([0, 1, 2], 2) < 0.6 * prompts_s([0, 1, 2], 1)
+    with pytest.raises(ScenarioError, match="no such size"):
+        prompts_s([0, 1], 2)
+
+
+TRAIN = "{kind: train, global_batch: 64, sequence: 1024"
+
+
+def test_a_training_run_takes_days_and_dollars() -> None:
+    scenario = asked(workload=TRAIN + ", tokens: 1000000000000}")
+    told, _ = run_answer(run(scenario), scenario)
+    assert told["days"] == pytest.approx(1e12 / told["tokens_per_s"] / 86400)
+    # paid by the hour, whatever was made in it
+    assert told["usd"] == pytest.approx(told["days"] * 24 * 8 * told["cluster"]["usd_per_gpu_hour"])
+    table = Console(width=100, record=True, file=StringIO())
+    table.print(run_table(told))
+    text = table.export_text()
+    assert "days of the whole run" in text
+    assert "cost of the whole run" in text
+    best = plan_answer(plan(scenario), n_engine=0).plan["layouts"][0]
+    assert best["usd"] == pytest.approx(best["usd_per_mtok"] * 1e6)
+
+
+def test_days_need_the_tokens_of_the_run() -> None:
+    scenario = asked(workload=TRAIN + "}")
+    told, _ = run_answer(run(scenario), scenario)
+    assert (told["days"], told["usd"]) == (None, None)
+    assert "days" not in run_answer(run(asked()), asked())[0]
+
+
+def test_redundant_experts_cannot_be_trained() -> None:
+    with pytest.raises(LayoutError, match=r"set redundant_experts=0"):
+        run(asked(layout="{ep: 8, redundant_experts: 8}", workload=TRAIN + "}"))
+
+
+def test_a_model_with_an_encoder_has_no_pipeline() -> None:
+    with pytest.raises(LayoutError, match=r"pp=2.*encoder.*try pp=1"):
+        run(asked("switch-base-8", layout="{pp: 2}"))
+    found = plan(asked("switch-base-8", layout="{tp: 1, pp: [1, 2]}"))
+    assert {one.outcome.case.layout.pp for one in found.ranked} == {1}
+    assert any("encoder" in one.reason for one in found.refused if one.layout["pp"] == 2)
+
+
+def test_the_shipped_training_scenario_is_explained_in_full() -> None:
+    outcome = price_one(load_scenario("scenarios/mixtral-train-128.yaml").single())
+    told = explain(outcome)
+    terms = {one["name"]: sum(term["seconds"] for term in one["terms"]) for one in told["passes"]}
+    assert sum(terms.values()) == pytest.approx(float(outcome.step_s[0]), rel=0.02)
+    named = {term["name"] for term in told["passes"][-1]["terms"]}
+    assert {"grad_reduce_scatter.dense", "weight_all_gather.expert", "optimizer", "wait"} <= named
+    # 8 micro-batches of a replica
+    assert terms["forward"] > 7 * 0.1
+    json.dumps(told)

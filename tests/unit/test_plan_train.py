@@ -11,6 +11,7 @@ from moesim.engine import evaluate, makespan, simulate
 from moesim.errors import LayoutError
 from moesim.metrics import check_timeline
 from moesim.plan.context import Choice
+from moesim.plan.explain import explain
 from moesim.plan.outcome import Outcome
 from moesim.plan.train import StageTimes, pipeline_program, pipeline_s, train_outcome, train_run
 from moesim.work.case import Layout
@@ -169,3 +170,50 @@ def test_backward_takes_about_twice_the_forward():
     run = train_run(context_of("mixtral-8x7b"), case, SIZES, TrainingState())
     ratio = run.times.backward_s / run.times.forward_s
     assert np.all((ratio > 1.7) & (ratio < 2.3))
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=16, ep=8), TWO_STAGES])
+def test_divided_gradients_and_weights_cost_every_micro_batch(layout):
+    """64 sequences over 16 (8) replicas are 4 (8) micro-batches."""
+    by_zero = [outcome(layout=layout, zero=zero) for zero in (1, 2, 3)]
+    n_micro = SIZES["global_batch"] / layout.dp
+    once, each, thrice = ({k: one.category_s[k] for k in ("gradients", "weight_gather")} for one in by_zero)
+    np.testing.assert_allclose(each["gradients"], once["gradients"] * n_micro)
+    np.testing.assert_allclose(each["weight_gather"], once["weight_gather"])
+    np.testing.assert_allclose(thrice["gradients"], each["gradients"])
+    np.testing.assert_allclose(thrice["weight_gather"], once["weight_gather"] * 2 * n_micro)
+    if layout.pp == 1:  # nothing to hide behind
+        more = by_zero[1].step_s - by_zero[0].step_s
+        np.testing.assert_allclose(more, once["gradients"] * (n_micro - 1))
+        more = by_zero[2].step_s - by_zero[1].step_s
+        np.testing.assert_allclose(more, once["weight_gather"] * (2 * n_micro - 1))
+    assert np.all(by_zero[0].step_s < by_zero[1].step_s)
+    assert np.all(by_zero[1].step_s < by_zero[2].step_s)
+    played = by_zero[2].play(0)
+    assert played.step_s == pytest.approx(float(by_zero[2].step_s[0]), rel=0.01)
+
+
+def test_redundant_experts_are_not_trained():
+    layout = Layout(dp=16, ep=8, redundant_experts=8, placement="eplb")
+    with pytest.raises(LayoutError, match=r"redundant_experts=8.*fix: set redundant_experts=0"):
+        outcome(layout=layout)
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=16, ep=8), TWO_STAGES])
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_terms_of_training_add_up_to_the_step(layout, zero):
+    one = outcome(layout=layout, zero=zero, recompute="full")
+    for point in range(2):
+        told = explain(one, point)
+        terms = [term for entry in told["passes"] for term in entry["terms"]]
+        assert sum(term["seconds"] for term in terms) == pytest.approx(float(one.step_s[point]))
+        assert sum(term["share"] for term in terms) == pytest.approx(1)
+        named = {term["name"]: term for term in told["passes"][-1]["terms"]}
+        assert named["optimizer"]["times"] == 1
+        assert ("pipeline_bubble" in named) == (layout.pp > 1)
+        # little is left to the terms that no operator explains
+        left = sum(named[name]["share"] for name in ("wait", "pipeline_bubble") if name in named)
+        assert 0 <= left < 0.25
+        n_micro = SIZES["global_batch"][point] / layout.dp
+        experts = next(term for term in terms if term["operator"] == "ExpertFfn")
+        assert experts["times"] == 32 * n_micro / layout.pp

@@ -420,6 +420,14 @@ def test_one_kind_of_work_has_one_colour_in_every_figure() -> None:
     assert in_bars["routed experts"] == in_window["routed experts"]
 
 
+def test_bars_are_of_rows_that_were_played() -> None:
+    unplayed = row(2, breakdown_s=None, kernel_s={"dispatch": 1.0})
+    assert time_bars([unplayed]) is None
+    figure = time_bars([row(1), unplayed])
+    assert figure is not None
+    assert all(len(trace["y"]) == 1 for trace in figure["data"])
+
+
 def test_bars_hold_the_parts_in_milliseconds() -> None:
     figure = time_bars([row()])
     assert figure is not None

@@ -69,6 +69,17 @@ def test_bad_count_files_are_refused(tmp_path, text, said):
     assert "bad.json" in str(caught.value)
 
 
+def test_a_count_file_too_large_to_parse_whole_is_refused_unread(tmp_path):
+    file = tmp_path / "all_steps.json"
+    with file.open("wb") as stream:
+        stream.write(b"{")
+        stream.truncate(256 * 10**6 + 1)  # sparse: takes no space on the disk
+    with pytest.raises(
+        TraceError, match=r"all_steps.json: 256000001: a count file has at most 256 MB.*fix: "
+    ):
+        open_trace(file)
+
+
 def test_top_k_that_the_counts_cannot_have_is_refused(tmp_path):
     file = write_counts(tmp_path / "x.json", [[1, 2]])
     with pytest.raises(TraceError, match=r"x.json: top_k: 8: lies in 1..2"):
