@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from moesim.errors import LayoutError
 from moesim.hardware.cluster import Cluster
 from moesim.plan.context import Choice, Context
 from moesim.plan.outcome import Outcome, cluster_row, layout_row
+from moesim.plan.refine import coarse, finer
 from moesim.plan.space import Refused, choices_of, enumerate_layouts
 from moesim.plan.train import train_outcome
 from moesim.plan.workloads import Sizes, decode_outcome, memory_of, prefill_outcome, serve_outcome
@@ -45,6 +46,8 @@ class Ranked:
     point: int
     score: float
     """The objective, less is better."""
+    choice: Choice = field(default_factory=Choice)
+    """Dispatch, overlap and capacity that were asked of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,15 +98,15 @@ def plan(scenario: Scenario, *, progress: Callable[[float], None] | None = None)
             todo += [
                 (cluster, layout, one) for one in choices_of(scenario.policy, plan=True, exchanges=exchanges)
             ]
-    search = _Search(scenario, context, refused)
+    search = _Search(coarse(scenario), context, refused)
     for number, (cluster, layout, choice) in enumerate(
         sorted(todo, key=lambda one: one[2].overlap != "none")
     ):
         search.add(cluster, layout, choice)
         if progress is not None:
             progress((number + 1) / len(todo))
+    search.refine(scenario)
     ranked, cloud = search.ranked, search.cloud
-    ranked.sort(key=lambda one: one.score)
     return Plan(
         scenario,
         context,
@@ -181,8 +184,27 @@ class _Search:
         if isinstance(best, Refused):
             self.refused.append(best)
         else:
-            self.ranked.append(best)
+            self.ranked.append(replace(best, choice=choice))
         self.cloud += _cloud(self.scenario, outcome)
+
+    def refine(self, scenario: Scenario) -> None:
+        """Rank, trying the best layouts at the sizes of a long list that lie between those priced so far."""
+        self.ranked.sort(key=lambda one: one.score)
+        for place, one in enumerate(self.ranked[:KEPT]):
+            sizes = {name: float(values[one.point]) for name, values in one.outcome.workload.items()}
+            between = finer(scenario, sizes)
+            if between is None:
+                continue
+            case = one.outcome.case
+            outcome = outcome_of(between, self.context, case.cluster, case.layout, one.choice)
+            if isinstance(outcome, Refused):
+                continue
+            self.n_evaluated += outcome.n_points
+            self.cloud += _cloud(scenario, outcome)
+            best = _best(scenario, outcome)
+            if isinstance(best, Ranked) and best.score < one.score:
+                self.ranked[place] = replace(best, choice=one.choice)
+        self.ranked.sort(key=lambda one: one.score)
 
     def _hopeless(self, serial: Outcome) -> bool:
         """Whether hiding every exchange of a serial run still leaves its score behind the best `KEPT`.
