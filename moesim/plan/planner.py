@@ -250,7 +250,8 @@ def outcome_of(
     """Price one layout at those of the workload's sizes that fit in memory; refuse it where none does."""
     sizes = sizes_of(scenario, layout)
     if isinstance(scenario.workload, TrainWorkload):
-        return _trained(scenario.workload, context, cluster, layout, choice, sizes)
+        state = state_of(scenario.workload)
+        return train_outcome(context, cluster, layout, choice, sizes, state)
     kind = scenario.workload.kind
     case = context.case(cluster, layout, choice, "prefill" if kind == "prefill" else "decode")
     memory = memory_of(kind, case, sizes, context.busiest(case))
@@ -268,16 +269,6 @@ def outcome_of(
         )
     price = {"decode": decode_outcome, "prefill": prefill_outcome, "serve": serve_outcome}[kind]
     return price(context, cluster, layout, choice, {name: axis[fits] for name, axis in sizes.items()})
-
-
-def _trained(
-    work: TrainWorkload, context: Context, cluster: Cluster, layout: Layout, choice: Choice, sizes: Sizes
-) -> Outcome | Refused:
-    try:
-        return train_outcome(context, cluster, layout, choice, sizes, state_of(work))
-    except LayoutError as error:
-        reason = f"{error.rule}; fix: {error.fix}" if error.fix else error.rule
-        return Refused(layout_row(layout), "divisibility", reason, cluster=cluster_row(cluster, layout))
 
 
 def state_of(work: TrainWorkload) -> TrainingState:

@@ -79,8 +79,6 @@ def _priced(scenario: Scenario) -> _Priced:
     layout = layout_of(scenario, context, cluster)
     (choice,) = choices_of(scenario.policy, plan=False, exchanges=True)
     outcome = outcome_of(scenario, context, cluster, layout, choice)
-    if isinstance(outcome, Refused) and outcome.kind == "divisibility":
-        raise LayoutError(outcome.reason)
     return _Priced(context, cluster, layout, choice, _fitting(outcome))
 
 

@@ -52,25 +52,9 @@ def decode_outcome(
     case = context.case(cluster, layout, choice, "decode")
     sequences, tokens = _axes(sizes, "batch_per_rank", "context")
     one = run_pass(context, case, Batch.of("decode", sequences, 1, tokens))
-    n_tokens = sequences * layout.dp
-    flops = model_flops(context.model, n_tokens, tokens, "decode")
-    return Outcome(
-        case,
-        dict(sizes),
-        memory_of("decode", case, sizes, context.busiest(case)),
-        step_s=one.period_s,
-        tokens_per_s=n_tokens / one.period_s,
-        mfu=_mfu(case, flops, one.period_s),
-        band_fraction=step_band(_band(one, one.period_s)),
-        tpot_s=one.period_s,
-        imbalance=one.rank_imbalance,
-        dropped_fraction=one.dropped_fraction,
-        category_s=one.category_s(),
-        calibrated=_calibrated(one),
-        passes={"decode": one},
-        how="tpot = step = one decode pass of every sequence",
-        play=one.play,
-    )
+    flops = model_flops(context.model, sequences * layout.dp, tokens, "decode")
+    outcome = _outcome(context, one, "decode", sizes, sequences, flops, one.period_s)
+    return replace(outcome, tpot_s=one.period_s, how="tpot = step = one decode pass of every sequence")
 
 
 def prefill_outcome(
@@ -80,23 +64,36 @@ def prefill_outcome(
     case = context.case(cluster, layout, choice, "prefill")
     tokens, prompt = _axes(sizes, "tokens_per_rank", "prompt")
     one = run_pass(context, case, _prompts(tokens, prompt))
-    n_tokens = tokens * layout.dp
-    flops = model_flops(context.model, n_tokens, prompt / 2, "prefill")
+    flops = model_flops(context.model, tokens * layout.dp, prompt / 2, "prefill")
+    outcome = _outcome(context, one, "prefill", sizes, tokens, flops, one.latency_s)
+    how = "ttft = step = one prefill pass; tokens per second from the time between passes"
+    return replace(outcome, ttft_s=one.latency_s, how=how)
+
+
+def _outcome(
+    context: Context,
+    one: Pass,
+    kind: str,
+    sizes: Sizes,
+    replica_tokens: FloatArray,
+    flops: FloatArray,
+    step_s: FloatArray,
+) -> Outcome:
+    """What a workload of a single kind of step comes to; `replica_tokens` are one attention replica's."""
+    case = one.case
     return Outcome(
         case,
         dict(sizes),
-        memory_of("prefill", case, sizes, context.busiest(case)),
-        step_s=one.latency_s,
-        tokens_per_s=n_tokens / one.period_s,
+        memory_of(kind, case, sizes, context.busiest(case)),
+        step_s=step_s,
+        tokens_per_s=replica_tokens * case.layout.dp / one.period_s,
         mfu=_mfu(case, flops, one.period_s),
-        band_fraction=step_band(_band(one, one.latency_s)),
-        ttft_s=one.latency_s,
+        band_fraction=step_band(_band(one, step_s)),
         imbalance=one.rank_imbalance,
         dropped_fraction=one.dropped_fraction,
         category_s=one.category_s(),
         calibrated=_calibrated(one),
-        passes={"prefill": one},
-        how="ttft = step = one prefill pass; tokens per second from the time between passes",
+        passes={kind: one},
         play=one.play,
     )
 
