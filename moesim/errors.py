@@ -11,6 +11,7 @@
     +-- TraceError       a routing trace that is missing, damaged or of another model
     +-- ProfileError     a hardware profile without the parameters that are asked for
     +-- TrafficError     traffic or links that no network could carry
+    +-- MeasurementError a measured table that is damaged, incomplete or in other units
     +-- EngineError      a program that cannot run: a cycle, an absent rank
 """
 
@@ -20,6 +21,7 @@ __all__ = [
     "EngineError",
     "HardwareError",
     "LayoutError",
+    "MeasurementError",
     "ModelError",
     "MoesimError",
     "ProfileError",
@@ -100,6 +102,10 @@ class ProfileError(MoesimError):
 
 class TrafficError(MoesimError):
     """Traffic or links that no network could carry."""
+
+
+class MeasurementError(MoesimError):
+    """A measured table that is damaged, incomplete or in other units."""
 
 
 class EngineError(MoesimError):

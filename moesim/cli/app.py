@@ -1,11 +1,11 @@
-"""Commands: plan, run, explain, list, trace, schema."""
+"""Commands: plan, run, explain, network, list, trace, schema, and calibrate, which loads only when it is called."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 
@@ -13,7 +13,7 @@ from moesim.cli import show
 from moesim.errors import MoesimError, ScenarioError
 from moesim.scenario import DEFAULT_SCENARIO, ScenarioFile, json_schema, load_scenario
 
-__all__ = ["app", "main"]
+__all__ = ["app", "guarded", "main"]
 
 app = typer.Typer(
     name="moesim",
@@ -129,6 +129,34 @@ def explain(
     show.explanation(told, all_terms)
 
 
+@app.command()
+def network(
+    scenario: ScenarioPath,
+    set_: Set = None,
+    json: Json = False,
+    html: Annotated[str | None, typer.Option(metavar="PAGE", help="Where an HTML page goes.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer; that of median imbalance where left out.")] = None,
+) -> None:
+    """Solve one layer's collectives over the cluster's links: what bounds them, what faster ones buy."""
+    from moesim.plan.network import network_answer
+
+    page = _page(html, None, quiet=json)
+    file = load_scenario(scenario, set_ or ())
+    single = file.single()
+    answer = _located(file, lambda: network_answer(single, layer=layer))
+    if page is not None:
+        from moesim.report.topology_page import write_network_report
+
+        views = [(one.title, one.played, one.pair_bytes) for one in answer.views]
+        answer.told["report"] = str(write_network_report(page, answer.told, views))
+    if json:
+        show.json_text(answer.told)
+        return
+    from moesim.cli.network import network as tell
+
+    tell(answer.told)
+
+
 @app.command("list")
 def list_(
     what: Annotated[str, typer.Argument(help="models, gpus, clusters, scenarios or routing.")],
@@ -146,6 +174,18 @@ def list_(
 def schema() -> None:
     """Print the JSON schema of a scenario, for editors."""
     show.json_text(json_schema())
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def calibrate(context: typer.Context) -> None:
+    """Measure kernels and links, fit a profile, show its error: run | fit | validate."""
+    from calibrate.app import app as commands
+
+    code = commands(args=context.args, prog_name=context.command_path, standalone_mode=False)
+    if code:
+        raise typer.Exit(int(code))
 
 
 @trace_app.command("show")
@@ -224,31 +264,48 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line; an input that is refused is told in one line, exit code 2."""
+    # the code of an Exit, which is not raised in this mode
+    guarded(lambda: app(prog_name="moesim", standalone_mode=False))
+
+
+def guarded(command: Callable[[], object]) -> None:
+    """Run a command; what it refuses is told in one line on standard error, exit code 2.
+
+    Parameters
+    ----------
+    command
+        Returns an exit code, or None for success.
+    """
     try:
-        stopped = app(
-            prog_name="moesim", standalone_mode=False
-        )  # the code of an Exit, which is not raised in this mode
+        stopped = command()
     except MoesimError as error:
-        sys.stderr.write(f"moesim: {error}\n")
-        sys.exit(2)
+        _refuse(f"moesim: {error}")
     except typer.Abort:
         stopped = INTERRUPTED
     except OSError as error:
-        said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        sys.stderr.write(f"moesim: {said}\n")
-        sys.exit(2)
+        _refuse(f"moesim: {error.filename}: {error.strerror}" if error.filename else f"moesim: {error}")
     except UnicodeError as error:
-        sys.stderr.write(f"moesim: {error}\n")
-        sys.exit(2)
+        _refuse(f"moesim: {error}")
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors: an unknown option, a missing argument
             said = str(error.format_message())
             if not said.startswith("Usage:"):  # that is the help, where no command is given
-                said = f"moesim: {' '.join(said.split()).rstrip('.')}; fix: see moesim --help"
-            sys.stderr.write(f"{said}\n")
-            sys.exit(2)
+                said = f"moesim: {' '.join(said.split()).rstrip('.')}; fix: see {_path(error)} --help"
+            _refuse(said)
         raise
     if stopped == INTERRUPTED:
         sys.stderr.write("moesim: stopped\n")
     if stopped:
-        sys.exit(int(stopped))
+        sys.exit(int(str(stopped)))
+
+
+def _path(error: Exception) -> str:
+    """Command that a usage error is of; the whole one, where the error does not say."""
+    context = getattr(error, "ctx", None)
+    path = str(context.command_path) if context else "moesim"
+    return path if path.split()[1:2] == ["calibrate"] or not path.startswith("moesim") else "moesim"
+
+
+def _refuse(line: str) -> NoReturn:
+    sys.stderr.write(f"{line}\n")
+    sys.exit(2)

@@ -48,6 +48,7 @@ __all__ = [
     "routing_tables",
     "rows",
     "run",
+    "tables",
 ]
 
 _CATALOGS = ("models", "gpus", "clusters", "scenarios", "routing")
@@ -240,6 +241,15 @@ def catalog(what: str) -> list[dict[str, Any]]:
             for name in catalog_names()
         ]
     raise ScenarioError("is no part of the catalog", value=what, fix=f"one of {', '.join(_CATALOGS)}")
+
+
+def tables(*found: Table, last: str = "") -> None:
+    """Tables made elsewhere, and a line below them."""
+    out = _console()
+    for table in found:
+        out.print(table)
+    if last:
+        out.print(last, highlight=False, markup=False)
 
 
 def rows(title: str, told: Sequence[Mapping[str, Any]]) -> None:

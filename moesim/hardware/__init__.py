@@ -10,7 +10,7 @@ from moesim.hardware.catalog import (
 )
 from moesim.hardware.cluster import Cluster
 from moesim.hardware.gpu import Gpu, compute_dtype, weight_bytes_per_element
-from moesim.hardware.profile import Family, Profile, load_profile
+from moesim.hardware.profile import Family, Profile, load_profile, open_profile, read_profile
 
 __all__ = [
     "Cluster",
@@ -25,5 +25,7 @@ __all__ = [
     "load_cluster",
     "load_gpu",
     "load_profile",
+    "open_profile",
+    "read_profile",
     "weight_bytes_per_element",
 ]

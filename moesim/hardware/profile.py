@@ -10,9 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from moesim.errors import ProfileError
+from moesim.errors import HardwareError, ProfileError
+from moesim.hardware.catalog import load_gpu
 
-__all__ = ["Family", "HeldOut", "Parameter", "Profile", "Provenance", "load_profile", "profile_for"]
+__all__ = [
+    "Family", "HeldOut", "Parameter", "Profile", "Provenance", "load_profile", "open_profile", "profile_for",
+    "read_profile",
+]  # fmt: skip
 
 CATALOG = Path(__file__).resolve().parents[1] / "catalog" / "profiles"
 
@@ -102,9 +106,22 @@ class Profile(_Frozen):
             if found is not None:
                 return found
         known = sorted({f"{f.implementation}/{f.dtype}" for f in self.families if f.op == op})
+        ops = ", ".join(sorted({f.op for f in self.families}))
         raise ProfileError(
             f"profile {self.device} has no parameters for {op} by {implementation} in {dtype}",
-            fix=f"use one of {', '.join(known)}" if known else "fit it: see calibrate/fit",
+            fix=f"use one of {', '.join(known)}" if known else f"moesim calibrate fit; it knows {ops}",
+        )
+
+    def over(self, base: Profile) -> Profile:
+        """The same with the families of `base` that it lacks."""
+        own = {(f.op, f.implementation, f.dtype) for f in self.families}
+        lacking = tuple(f for f in base.families if (f.op, f.implementation, f.dtype) not in own)
+        carried = any(f.provenance.kind == "carried-over" for f in self.families)
+        return Profile(
+            device=self.device,
+            families=self.families + lacking,
+            carried_from=(base.carried_from if lacking else None)
+            or ("its base profile" if carried else None),
         )
 
     @property
@@ -132,29 +149,70 @@ def load_profile(device: str, folder: Path = CATALOG) -> Profile:
     ProfileError
         If there is none, or one of them is not a profile of `device`.
     """
-    paths = sorted(folder.glob(f"{device}.*yaml"))
+    paths = _parts(device, folder)
     if not paths:
         known = sorted({path.name.split(".")[0] for path in folder.glob("*.yaml")})
         raise ProfileError("no profile for this device", value=device, fix=f"use one of {', '.join(known)}")
     families: list[Family] = []
     for path in paths:
-        part = _read(path)
+        part = _read(path, path.name)
         if part.device != device:
             raise ProfileError(f"is a profile of {part.device}, not of {device}", place=path.name)
         families += part.families
     return Profile(device=device, families=tuple(families))
 
 
-def _read(path: Path) -> Profile:
+def _parts(device: str, folder: Path) -> list[Path]:
+    """Files of one device's profile."""
+    return sorted(path for path in folder.glob("*.yaml") if path.name.split(".")[0] == device)
+
+
+def read_profile(path: Path | str) -> Profile:
+    """Read one profile file, whatever it is called.
+
+    Raises
+    ------
+    ProfileError
+        If it cannot be read, or is no profile.
+    """
+    return _read(Path(path), str(path))
+
+
+def open_profile(name: str) -> Profile:
+    """Profile of the catalog by its device or an alias of it, or of the YAML file that `name` is the path of.
+
+    Raises
+    ------
+    ProfileError
+        If there is none.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return read_profile(name)
     try:
-        content: Any = YAML(typ="safe").load(path)
+        device = load_gpu(name).name
+    except HardwareError:
+        device = name
+    try:
+        return load_profile(device)
+    except ProfileError as error:
+        if _parts(device, CATALOG):
+            raise
+        raise ProfileError(error.rule, value=name, fix=f"{error.fix}, or the path of a .yaml file") from None
+
+
+def _read(path: Path, place: str) -> Profile:
+    try:
+        content: Any = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
         return Profile.model_validate(content)
-    except YAMLError as error:
-        raise ProfileError(f"is not YAML: {error}", place=path.name) from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise ProfileError(f"cannot be read: {reason}", place=place) from error
+    except (YAMLError, RecursionError) as error:
+        raise ProfileError(f"is not YAML: {error}", place=place) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ProfileError(f"{where}: {first['msg']}", place=path.name) from error
+        raise ProfileError(f"{where}: {first['msg']}" if where else first["msg"], place=place) from error
 
 
 RELATIVE = "h200-sxm"
@@ -171,7 +229,7 @@ def profile_for(gpu: str, folder: Path = CATALOG) -> Profile:
     ProfileError
         If the relative's profile is damaged.
     """
-    if any(folder.glob(f"{gpu}.*yaml")):
+    if _parts(gpu, folder):
         return load_profile(gpu, folder)
     relative = load_profile(RELATIVE, folder)
     return relative.model_copy(update={"device": gpu, "carried_from": relative.device})

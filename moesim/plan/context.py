@@ -8,16 +8,17 @@ from typing import Literal
 
 from moesim.cost.backend import TRAINING, Backend, backend_of
 from moesim.cost.price import Pricer
-from moesim.errors import LayoutError
+from moesim.errors import ProfileError
 from moesim.hardware.cluster import Cluster
-from moesim.hardware.profile import Profile, profile_for
+from moesim.hardware.profile import Profile, open_profile, profile_for
 from moesim.model import load_model
 from moesim.model.spec import ModelSpec
+from moesim.network.choice import DispatchChoice, choose_dispatch
 from moesim.plan.loads import TrafficMaker
 from moesim.routing import RoutingSource, SyntheticRouting, default_routing, open_trace
 from moesim.scenario.schema import RoutingChoice, Scenario
 from moesim.work.capacity import CapacityConvention
-from moesim.work.case import Case, DispatchKind, Layout
+from moesim.work.case import Case, Layout
 from moesim.work.ops import FloatArray
 
 __all__ = ["Choice", "Context"]
@@ -53,6 +54,9 @@ class Context:
     seed: int = 0
     max_drawn_tokens: int = 8192
     """Tokens drawn for one expert group; larger batches are extrapolated from them."""
+    own_profile: Profile | None = None
+    """Parameters that a user measured, for one GPU."""
+    _profiles: dict[str, Profile] = field(default_factory=dict)
     _makers: dict[str, TrafficMaker] = field(default_factory=dict)
     _memos: dict[int, tuple[Cluster, dict[Hashable, FloatArray]]] = field(default_factory=dict)
     """By identity; the cluster is held so that no other can take its identity."""
@@ -82,6 +86,7 @@ class Context:
             scenario.policy.capacity_convention,
             scenario.seed,
             max_drawn_tokens,
+            _own_profile(scenario),
         )
 
     @property
@@ -100,11 +105,16 @@ class Context:
 
     def profile(self, cluster: Cluster) -> Profile:
         """Fitted parameters for a cluster's GPU, carried over where it was never measured."""
-        return profile_for(cluster.gpu.name)
+        gpu = cluster.gpu.name
+        if self.own_profile is None or self.own_profile.device != gpu:
+            return profile_for(gpu)
+        if gpu not in self._profiles:
+            self._profiles[gpu] = self.own_profile.over(profile_for(gpu))
+        return self._profiles[gpu]
 
     def case(self, cluster: Cluster, layout: Layout, choice: Choice, phase: str) -> Case:
         """One candidate in one phase, with `dispatch` resolved as the engine would."""
-        dispatch = _dispatch(self, cluster, layout, choice.dispatch, phase)
+        dispatch = self.dispatch(cluster, layout, choice.dispatch, phase).kind
         deepep = dispatch in ("low-latency", "normal")
         # a combine, and every backward exchange, stays in 16 bits
         fp8_out = deepep and self.expert_dtype in ("fp8", "fp8_block") and phase != "train"
@@ -121,6 +131,23 @@ class Context:
             DISPATCH_FP8_BYTES if fp8_out else 2.0,
             choice.capacity_factor,
             self.capacity_convention,
+        )
+
+    def dispatch(self, cluster: Cluster, layout: Layout, wanted: str, phase: str) -> DispatchChoice:
+        """How tokens reach their experts, `auto` resolved as the engine would, and why.
+
+        Raises
+        ------
+        LayoutError
+            If `wanted` does not go with the layout.
+        """
+        return choose_dispatch(
+            wanted,
+            is_moe=self.model.is_moe,
+            engine=self.backend.name,
+            cluster=cluster,
+            layout=layout,
+            phase=phase,
         )
 
     def warnings(self, cluster: Cluster, longest: float) -> list[str]:
@@ -179,6 +206,22 @@ def _formats(model: ModelSpec, dtype: str | None) -> tuple[str, str]:
     return (model.weight_dtype, dtype) if dtype in ("w4a16_mxfp4", "nvfp4") else (dtype, dtype)
 
 
+def _own_profile(scenario: Scenario) -> Profile | None:
+    """The scenario's own profile, which must be of one of its GPUs."""
+    if scenario.profile is None:
+        return None
+    own = open_profile(scenario.profile)
+    gpus = sorted({cluster.gpu.name for cluster in scenario.cluster.clusters()})
+    if own.device not in gpus:
+        raise ProfileError(
+            f"is a profile of {own.device}, and the scenario's GPU is {' or '.join(gpus)}",
+            value=scenario.profile,
+            fix=f"set cluster.gpu to {own.device}, or fit a profile of {gpus[0]}",
+            place="profile",
+        )
+    return own
+
+
 def _source(choice: RoutingChoice, model: ModelSpec) -> RoutingSource:
     if choice.kind == "uniform":
         return SyntheticRouting.uniform()
@@ -187,47 +230,3 @@ def _source(choice: RoutingChoice, model: ModelSpec) -> RoutingSource:
     if choice.trace is not None:
         return open_trace(choice.trace, n_experts=model.moe.n_experts if model.moe else None)
     return default_routing(model.name)
-
-
-def _dispatch(context: Context, cluster: Cluster, layout: Layout, wanted: str, phase: str) -> DispatchKind:
-    """How tokens reach their experts.
-
-    ``auto``: where one attention replica spans the expert group its ranks hold every token already and one
-    all-reduce joins their experts' outputs; else SGLang and vLLM exchange tokens with DeepEP (low latency in
-    decode, normal in prefill) and TensorRT-LLM gathers all tokens on all ranks; training uses NCCL's
-    all-to-all, as Megatron-Core's default dispatcher does. Sharded experts (`etp` > 1) are served by a gather,
-    and so are GPUs that DeepEP is not written for: without NVLink, or older than Hopper.
-
-    Raises
-    ------
-    LayoutError
-        If `wanted` does not go with the layout.
-    """
-    if not context.model.is_moe or layout.group_dp == 1:
-        usual: DispatchKind = "nccl" if phase == "train" and layout.ep > 1 else "allreduce"
-        if context.model.is_moe and wanted not in ("auto", usual):
-            why = (
-                "training exchanges them by nccl" if usual == "nccl" else "its ranks hold every token already"
-            )
-            raise LayoutError(
-                f"one attention replica spans the expert group of {layout.ep * layout.etp} ranks: {why}",
-                value=wanted,
-                fix=f"write dispatch: auto or {usual}, or let several replicas share the experts",
-                place="policy.dispatch",
-            )
-        return usual
-    if wanted == "allreduce":
-        raise LayoutError(
-            f"an expert group of {layout.group_dp} attention replicas has to exchange tokens",
-            value=wanted,
-            fix="write dispatch: auto, or let one replica span the group (ep x etp = tp)",
-            place="policy.dispatch",
-        )
-    if wanted in ("low-latency", "normal", "nccl", "allgather"):
-        return wanted  # type: ignore[return-value]
-    if phase == "train":
-        return "nccl"
-    deepep = cluster.gpu.nvlink_bytes_per_s > 0 and "fp8" in cluster.gpu.flops_per_s
-    if context.backend.name == "trtllm" or layout.etp > 1 or not deepep:
-        return "allgather"
-    return "low-latency" if phase == "decode" else "normal"

@@ -14,7 +14,14 @@ from moesim.report import palette
 from moesim.report.figures import Figure, base_layout
 from moesim.report.page import Page, write_page
 
-__all__ = ["Compared", "write_scatter_report"]
+__all__ = ["Compared", "Panels", "write_scatter_report"]
+
+SIZE_BINS = 12
+"""Bins of the error by size, equal in the logarithm of the measured value."""
+ERROR_BIN = 0.05
+"""Width of a bar of the histogram of errors."""
+ERROR_END = 1.0
+"""Errors beyond are counted in the last bar of their side."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +36,23 @@ class Compared:
     """What each point is, shown when pointed at."""
 
 
+@dataclass(frozen=True)
+class Panels:
+    """What a page of many rows shows besides one scatter a quantity."""
+
+    lead: str
+    """First paragraph."""
+    max_points: int
+    """Markers of one scatter; the errors are of all rows."""
+
+
 def write_scatter_report(
     path: Path | str,
     title: str,
     figures: Mapping[str, Sequence[Compared]],
     tables: Mapping[str, Sequence[Sequence[str]]],
+    *,
+    panels: Panels | None = None,
 ) -> Path:
     """Write one HTML file with a log-log scatter and an error table for each quantity.
 
@@ -47,16 +66,24 @@ def write_scatter_report(
         By axis title with its unit: the groups compared, in the same unit.
     tables
         By heading: rows of text, the first of them the head.
+    panels
+        Adds how errors spread, and how they go with size, to each quantity, and thins its scatter.
     """
     page = Page()
-    page.add(f"<header><h1>{escape(title)}</h1></header><main>")
+    lead = f"<p>{escape(panels.lead)}</p>" if panels else ""
+    page.add(f"<header><h1>{escape(title)}</h1>{lead}</header><main>")
     for name, groups in figures.items():
         page.add(
             f"<section><h2>{escape(name)}</h2><p>Each point is one measurement. The line is a perfect "
             "prediction, the dashes are 20% to either side.</p>"
         )
-        page.figure(_scatter(name, groups), f"predicted against measured {name}")
-        page.add(_error_table(groups) + "</section>")
+        shown = _thinned(groups, panels.max_points) if panels else groups
+        page.figure(_scatter(name, shown), f"predicted against measured {name}")
+        page.add(_error_table(groups))
+        if panels:
+            page.figure(_by_size(name, groups), f"error by measured {name}")
+            page.figure(_histogram(groups), f"spread of the error of {name}")
+        page.add("</section>")
     for heading, rows in tables.items():
         page.add(f"<section><h2>{escape(heading)}</h2>{_table(rows)}</section>")
     page.add("</main><footer></footer>")
@@ -67,6 +94,82 @@ def errors(group: Compared) -> tuple[float, float, float]:
     """Median and 90th percentile of the absolute relative error, and the median signed one."""
     ratio = np.asarray(group.predicted) / np.asarray(group.measured) - 1.0
     return float(np.median(np.abs(ratio))), float(np.quantile(np.abs(ratio), 0.9)), float(np.median(ratio))
+
+
+def _thinned(groups: Sequence[Compared], limit: int) -> list[Compared]:
+    """Every n-th point of every group, so that all together are about `limit`."""
+    step = max(1, -(-sum(len(one.measured) for one in groups) // limit))
+    return [
+        Compared(one.name, one.measured[::step], one.predicted[::step], one.labels[::step]) for one in groups
+    ]
+
+
+def _by_size(name: str, groups: Sequence[Compared]) -> Figure:
+    """Median signed error of each group over bins of the measured value."""
+    layout = base_layout(340, f"measured {name}", "median error", hovermode="closest")
+    layout["xaxis"] |= {"type": "log"}
+    layout["yaxis"] |= {"tickformat": "+.0%"}
+    layout["legend"] |= {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}
+    data = []
+    for number, one in enumerate(groups):
+        measured = np.asarray(one.measured, dtype=float)
+        error = np.asarray(one.predicted) / measured - 1.0
+        size = np.log(measured)
+        spread = float(size.max() - size.min()) or 1.0
+        bins = np.minimum(((size - size.min()) / spread * SIZE_BINS).astype(int), SIZE_BINS - 1)
+        used = np.unique(bins)
+        x = [float(f"{np.exp(np.median(size[bins == b])):.4g}") for b in used]
+        y = [float(f"{np.median(error[bins == b]):.4g}") for b in used]
+        n = [int(np.sum(bins == b)) for b in used]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": escape(one.name),
+                "x": x,
+                "y": y,
+                "text": [f"{count} rows" for count in n],
+                "hovertemplate": "about %{x}: median error %{y}, %{text}<extra></extra>",
+                "line": _stroke(number) | {"width": 1.5},
+            }
+        )
+    return {"data": data, "layout": layout}
+
+
+def _histogram(groups: Sequence[Compared]) -> Figure:
+    """Share of each group's rows by their signed error."""
+    layout = base_layout(300, "predicted over measured, minus 1", "share of rows", hovermode="closest")
+    layout["xaxis"] |= {"tickformat": "+.0%", "range": [-ERROR_END, ERROR_END]}
+    layout["yaxis"] |= {"tickformat": ".0%"}
+    layout["legend"] |= {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}
+    edges = np.linspace(-ERROR_END, ERROR_END, round(2 * ERROR_END / ERROR_BIN) + 1)
+    middle = [float(f"{value:.4g}") for value in (edges[:-1] + edges[1:]) / 2]
+    data = []
+    for number, one in enumerate(groups):
+        error = np.asarray(one.predicted, dtype=float) / np.asarray(one.measured, dtype=float) - 1.0
+        counts, _ = np.histogram(np.clip(error, -ERROR_END, ERROR_END), bins=edges)
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": escape(one.name),
+                "x": middle,
+                "y": [float(f"{value:.4g}") for value in counts / error.size],
+                "hovertemplate": "error %{x}: %{y} of the rows<extra></extra>",
+                "line": _stroke(number) | {"width": 1.5, "shape": "hvh"},
+            }
+        )
+    return {"data": data, "layout": layout}
+
+
+def _color(number: int) -> str:
+    return palette.SERIES[number % len(palette.SERIES)]
+
+
+def _stroke(number: int) -> dict[str, Any]:
+    """Colour of a line, and dashes once the colours are used up."""
+    dashes = ("solid", "dash", "dot", "dashdot")
+    return {"color": _color(number), "dash": dashes[number // len(palette.SERIES) % len(dashes)]}
 
 
 def _scatter(name: str, groups: Sequence[Compared]) -> Figure:
@@ -89,7 +192,7 @@ def _scatter(name: str, groups: Sequence[Compared]) -> Figure:
                 "marker": {
                     "size": 7,
                     "opacity": 0.75,
-                    "color": palette.SERIES[number % len(palette.SERIES)],
+                    "color": _color(number),
                     "symbol": ("circle", "square", "diamond", "cross")[number // len(palette.SERIES) % 4],
                 },
             }

@@ -30,7 +30,9 @@ from moesim.report.text import (
 )
 from moesim.units import format_bytes
 
-__all__ = ["plan_table", "ruled_out_table", "run_table"]
+__all__ = [
+    "fit_table", "plan_table", "ruled_out_table", "run_table", "unpredicted_table", "validation_table",
+]  # fmt: skip
 
 WIDTH = 100
 
@@ -183,3 +185,82 @@ def _example(item: Record, why: str) -> str:
     batch = number(item, "batch_per_rank")
     size = f", batch {count(batch)}" if batch is not None else ""
     return f"{layout_name(item)}{size}: {why}"
+
+
+def fit_table(told: Record) -> Table:
+    """Families of a fitted profile, with their error on what was held out.
+
+    Parameters
+    ----------
+    told
+        The object of ``moesim calibrate fit --json``.
+    """
+    table = _kernels(
+        f"{told['device']}: error on rows that the fit did not see", ("median", "p90", "bias"), "from"
+    )
+    for one in told["families"]:
+        held = one["held_out"] or {}
+        table.add_row(
+            *_kernel(one),
+            str(one["kind"]),
+            f"{one['n_points']:,}",
+            *(_percent(held, key) for key in ("median_ape", "p90_ape", "bias")),
+        )
+    return table
+
+
+def validation_table(told: Record) -> Table:
+    """Error of a profile on measured rows, by kernel.
+
+    Parameters
+    ----------
+    told
+        The object of ``moesim calibrate validate --json``.
+    """
+    table = _kernels(f"{told['device']}: error of the predicted time", ("median", "mean", "p90", "bias"))
+    for one in told["groups"]:
+        errors = [_percent(one, key) for key in ("median_ape", "mean_ape", "p90_ape", "bias")]
+        table.add_row(*_kernel(one), f"{one['n']:,}", *errors)
+    return table
+
+
+def _kernels(title: str, errors: Sequence[str], *words: str) -> Table:
+    """Columns that name a kernel, then words about it, its rows and its errors."""
+    table = _table(title)
+    table.add_column("op", no_wrap=True)
+    table.add_column("implementation", overflow="fold")
+    for name in ("format", *words):
+        table.add_column(name, no_wrap=True)
+    for name in ("rows", *errors):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _kernel(one: Record) -> list[Text]:
+    return [Text(str(one[key])) for key in ("op", "implementation", "dtype")]
+
+
+def _percent(one: Record, key: str) -> str:
+    value = number(one, key)
+    return ABSENT if value is None else f"{value:+.1%}" if key == "bias" else f"{value:.1%}"
+
+
+def unpredicted_table(told: Record) -> Table:
+    """Measured rows without a prediction: one line a reason, with the kernels that it holds for.
+
+    Parameters
+    ----------
+    told
+        The object of ``moesim calibrate validate --json``.
+    """
+    table = _table(f"{told['n_unpredicted']:,} rows without a prediction")
+    table.add_column("rows", justify="right", no_wrap=True)
+    table.add_column("because", overflow="fold", ratio=1)
+    table.add_column("kernels", overflow="fold", ratio=1)
+    reasons = dict.fromkeys(one["reason"] for one in told["unpredicted"])
+    for reason in reasons:
+        mine = [one for one in told["unpredicted"] if one["reason"] == reason]
+        names = list(dict.fromkeys(f"{one['op']} {one['implementation']} {one['dtype']}" for one in mine))
+        shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        table.add_row(f"{sum(one['n'] for one in mine):,}", Text(reason), Text(shown))
+    return table

@@ -105,6 +105,9 @@ def _with_files(scenario: Scenario, source: Source, folder: Path) -> Scenario:
     """Replace file names by paths that exist, seen from the scenario's folder first."""
     model = _file(scenario.model, source, ("model",), folder)
     scenario = scenario.model_copy(update={"model": model})
+    if scenario.profile is not None:
+        profile = _file(scenario.profile, source, ("profile",), folder)
+        scenario = scenario.model_copy(update={"profile": profile})
     if scenario.layout.placement is not None:
         where = ("layout", "placement")
         placements = Choices(

@@ -18,7 +18,7 @@ from pydantic import (
 
 from moesim.errors import HardwareError, ScenarioError
 from moesim.hardware.catalog import load_cluster, load_gpu
-from moesim.hardware.cluster import Cluster
+from moesim.hardware.cluster import Cluster, Fabric
 from moesim.scenario.choices import Choices, counts, factors_or_none, names, refuse
 from moesim.scenario.layout import LayoutSizes
 from moesim.scenario.workload import Workload
@@ -65,6 +65,8 @@ class ClusterChoice(_Part):
     """GPUs in one NVLink domain; 1 means none."""
     oversubscription: PositiveFloat | None = None
     """Bandwidth of a node's NICs over what leaves its rail switch; 1 is non-blocking."""
+    fabric: Fabric | None = None
+    """Wiring beyond the rates: rails, shared NICs, PCIe switches, pods, degraded links."""
 
     @staticmethod
     def from_text(text: str) -> dict[str, Any]:
@@ -119,6 +121,7 @@ class ClusterChoice(_Part):
             nic_latency_s=self.nic_latency,
             usd_per_gpu_hour=self.price,
             uplink_oversubscription=self.oversubscription,
+            fabric=self.fabric,
         )
 
 
@@ -276,6 +279,8 @@ class Scenario(_Part):
     """Format of the KV cache; bfloat16, or what the backend takes for the model, where left out."""
     backend: Literal["auto", "sglang", "vllm", "trtllm"] = "auto"
     """Whose kernels and steady state; auto is sglang."""
+    profile: str | None = None
+    """Profile (YAML) of your own measurements, over the catalog's of the same GPU; `moesim calibrate fit` writes it."""
     seed: NonNegativeInt = 0
     """Seed of every random draw."""
 

@@ -42,7 +42,7 @@ def test_a_family_that_is_not_there_names_those_that_are(tmp_path: Path) -> None
         ProfileError, match=r"no parameters for gemm by mine in int8; fix: use one of mine/fp8$"
     ):
         profile.family("gemm", "mine", "int8")
-    with pytest.raises(ProfileError, match="see calibrate/fit"):
+    with pytest.raises(ProfileError, match=r"fix: moesim calibrate fit; it knows gemm$"):
         profile.family("moe_ffn", "mine")
 
 
@@ -81,6 +81,12 @@ def test_a_gpu_never_measured_takes_its_relatives_efficiencies() -> None:
             # not the H100's, the H800's nearest: one cluster's congestion is in it
             assert profile.carried_from == "h200-sxm"
             assert profile.families == load_profile(profile.carried_from).families
+
+
+@pytest.mark.parametrize("device", ["h100-sxm", "h200-sxm"])
+def test_no_family_is_in_two_parts_of_a_profile(device: str) -> None:
+    names = [(family.op, family.implementation, family.dtype) for family in load_profile(device).families]
+    assert len(set(names)) == len(names)
 
 
 def test_every_parameter_of_the_catalog_says_what_it_is_and_where_it_is_from() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+
+import numpy as np
 import pytest
 
-from moesim.report import Compared, write_scatter_report
+from moesim.report import Compared, Panels, write_scatter_report
 from moesim.report.scatter import errors
 
 
@@ -34,3 +38,42 @@ def test_page_shows_every_group_and_table_and_escapes_names(tmp_path):
     assert "25.0%" in text  # half of the first group is 50% off, the other exact
     assert "http-equiv" in text and 'src="http' not in text
     assert [one.name for one in tmp_path.iterdir()] == ["page.html"]
+
+
+def figures_of(text: str) -> list[dict]:
+    """Data of a page's figures."""
+    found = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.DOTALL)
+    return [json.loads(one) for one in found]
+
+
+def test_panels_thin_the_scatter_and_count_every_row(tmp_path):
+    measured = np.repeat([1.0, 100.0], 500)
+    predicted = measured * np.repeat([1.1, 0.8], 500)  # small ones 10% above, large ones 20% below
+    groups = [Compared(str(n), measured.tolist(), predicted.tolist(), ["x"] * 1000) for n in range(7)]
+    lead = "some <rows>"
+    path = write_scatter_report(
+        tmp_path / "a.html", "T", {"t [us]": groups}, {}, panels=Panels(lead=lead, max_points=700)
+    )
+    text = path.read_text()
+    assert "some &lt;rows&gt;" in text
+    scatter, by_size, spread = figures_of(text)
+    markers = [one for one in scatter["data"] if one["mode"] == "markers"]
+    assert [len(one["x"]) for one in markers] == [100] * 7
+    assert text.count("<td>1000</td>") == 7
+    for line in by_size["data"]:
+        assert line["x"] == pytest.approx([1.0, 100.0]) and line["y"] == pytest.approx([0.1, -0.2])
+        assert line["text"] == ["500 rows", "500 rows"]
+    strokes = {(line["line"]["color"], line["line"]["dash"]) for line in by_size["data"]}
+    assert len(strokes) == 7  # told apart although there are six colours
+    for line in spread["data"]:
+        shares = dict(zip(line["x"], line["y"], strict=True))
+        assert sum(shares.values()) == pytest.approx(1)
+        used = sorted(x for x, share in shares.items() if share)
+        assert used == [pytest.approx(-0.2, abs=0.026), pytest.approx(0.1, abs=0.026)]
+
+
+def test_errors_beyond_the_histogram_are_in_its_last_bars(tmp_path):
+    groups = [Compared("a", [1.0, 1.0, 2.0], [50.0, 1.0, 2.0], ["x"] * 3)]
+    path = write_scatter_report(tmp_path / "a.html", "T", {"t": groups}, {}, panels=Panels("", 10))
+    spread = figures_of(path.read_text())[2]["data"][0]
+    assert spread["y"][-1] == pytest.approx(1 / 3, abs=1e-3)
