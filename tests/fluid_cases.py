@@ -22,15 +22,17 @@ def solver(name: str) -> Iterator[None]:
 
 
 class Case(NamedTuple):
-    """Arguments of `solve_flows`."""
+    """Arguments of `solve_flows`, and the ranks of an all-to-all."""
 
     link_bytes_per_s: np.ndarray
     routes: np.ndarray
     flow_bytes: np.ndarray
     flow_latency_s: np.ndarray
+    source: np.ndarray | None = None
+    target: np.ndarray | None = None
 
     def solve(self, **options: Any) -> np.ndarray:
-        return fluid.solve_flows(*self, **options)
+        return fluid.solve_flows(*self[:4], **options)
 
 
 def random_case(seed: int, n_links: int = 8, n_flows: int = 30, n_hops: int = 3) -> Case:
@@ -68,4 +70,5 @@ def all_to_all(n_ranks: int, seed: int = 0, tokens: int = 512) -> Case:
         axis=1,
     )
     links = np.repeat([450e9, 450e9, 50e9, 50e9], n_ranks)
-    return Case(links, routes, pairs[source, target], np.where(near, 1e-6, np.where(moves, 6e-6, 5e-6)))
+    latency_s = np.where(near, 1e-6, np.where(moves, 6e-6, 5e-6))
+    return Case(links, routes, pairs[source, target], latency_s, source, target)

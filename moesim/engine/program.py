@@ -13,13 +13,41 @@ from numpy.typing import NDArray
 
 from moesim.errors import EngineError
 
-__all__ = ["STREAMS", "FloatArray", "IntArray", "Program", "Task"]
+__all__ = ["STREAMS", "FloatArray", "Flows", "IntArray", "Network", "Program", "Task"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 STREAMS = ("compute", "comm", "copy")
 """In-order queues that each rank has, as CUDA streams are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Flows:
+    """Bytes that one collective moves over the links of a program's `Network`; flows that move nothing left out."""
+
+    source: IntArray
+    """(n_flows,) rank that sends."""
+    target: IntArray
+    """(n_flows,) rank that receives."""
+    routes: IntArray
+    """(n_flows, n_hops) links that a flow holds all at once, -1 = none."""
+    n_bytes: FloatArray
+    """(n_flows,) [bytes]."""
+    latency_s: FloatArray
+    """(n_flows,) paid before the bytes flow [s]."""
+    alone_s: FloatArray
+    """(n_ranks,) when a rank's last flow ends with nothing else on the links, from the start [s]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """Links that the flows of a program share."""
+
+    link_bytes_per_s: FloatArray
+    """(n_links,) [bytes/s]."""
+    tolerance: float = 0.0
+    """As in `moesim.network.solve_flows`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +72,8 @@ class Task:
     """Kind of work, for the breakdown of a step's time: ``attention``, ``expert_ffn``, ``dispatch``..."""
     link: str | None = None
     """Class of link that the task fills (``nvlink``, ``nic``, ``pcie``); None where it fills none."""
+    flows: Flows | None = None
+    """What a collective moves over the program's network: other tasks' flows on the same links make it longer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +85,16 @@ class Program:
     n_points: int = 1
     labels: tuple[str, ...] = field(default=())
     """Names of the ranks for the timeline; empty = numbered."""
+    network: Network | None = None
+    """Links of the flows of its tasks; a program with flows has one point."""
 
     @classmethod
     def trusted(cls, n_ranks: int, tasks: tuple[Task, ...], n_points: int = 1) -> Program:
         """Make a program without checking it: for tasks unrolled from a step, whose form holds by construction."""
         program = object.__new__(cls)
-        for name, value in (("n_ranks", n_ranks), ("tasks", tasks), ("n_points", n_points), ("labels", ())):
+        object.__setattr__(program, "labels", ())
+        object.__setattr__(program, "network", None)
+        for name, value in (("n_ranks", n_ranks), ("tasks", tasks), ("n_points", n_points)):
             object.__setattr__(program, name, value)
         return program
 
@@ -79,6 +113,10 @@ class Program:
     def _check(self, position: int, task: Task) -> None:
         if task.stream not in STREAMS:
             raise EngineError(f"a stream is one of {STREAMS}", value=task.stream, place=task.name)
+        if task.flows is not None and (self.network is None or self.n_points > 1 or task.group is None):
+            raise EngineError(
+                "flows need a collective, a network, and a program of one point", place=task.name
+            )
         for earlier in task.after:
             if not 0 <= earlier < position:
                 raise EngineError("a task waits only for earlier ones", value=task.after, place=task.name)

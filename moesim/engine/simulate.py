@@ -8,6 +8,7 @@ from collections.abc import Generator
 import numpy as np
 import simpy
 
+from moesim.engine.fluid_links import FluidLinks
 from moesim.engine.folding import fold
 from moesim.engine.links import Flow, SharedLinks
 from moesim.engine.program import STREAMS, FloatArray, Program
@@ -30,9 +31,11 @@ def simulate(program: Program, point: int = 0, *, contention: bool = True, foldi
     point
         Which of its workload sizes.
     contention
-        Tasks with the same `link` that overlap on a rank share it equally; False = as if alone.
+        Tasks that overlap share links: those with `flows` max-min fairly over the program's network, others with
+        the same `link` equally on each rank; False = as if alone.
     folding
-        Ranks that are exact copies are simulated once; changes the time it takes, not the result.
+        Ranks that are exact copies are simulated once; changes the time it takes, not the result. Without effect
+        where tasks have flows.
 
     Returns
     -------
@@ -55,7 +58,7 @@ def simulate(program: Program, point: int = 0, *, contention: bool = True, foldi
     program.check_durations()
     class_of = np.arange(program.n_ranks)
     small, small_point = program, point
-    if folding:
+    if folding and program.network is None:
         folded = fold(program, point)
         small, small_point, class_of = folded.program, 0, folded.class_of
     run = _Run(small, small_point, contention)
@@ -83,6 +86,7 @@ class _Meeting:
         self.n_awaited = len(ranks)
         self.begins = env.event()
         self.flow: Flow | None = None
+        self.arrived: dict[int, simpy.Event] = {}
 
 
 class _Run:
@@ -95,6 +99,8 @@ class _Run:
         self.ready, self.start, self.end = (_Times(len(self.tasks), program.n_ranks) for _ in range(3))
         self.waited_for: dict[tuple[int, int], simpy.Event] = {}
         self.links = SharedLinks(self.env)
+        net = program.network if contention else None
+        self.fluid = FluidLinks(self.env, net.link_bytes_per_s, net.tolerance) if net else None
         self.contended = _links_of_several_streams(program) if contention else frozenset()
         self.meetings = self._meetings()
         for stream in STREAMS:
@@ -160,18 +166,25 @@ class _Run:
 
     def _meet(self, position: int, rank: int, meeting: _Meeting) -> Steps:
         """Wait for the last member, then hold the stream for this rank's own time."""
-        link = self.tasks[position].link
+        link, flows = self.tasks[position].link, self.tasks[position].flows
         durations_s = self.durations_s[position]
         meeting.n_awaited -= 1
         if meeting.n_awaited:
             yield meeting.begins
         else:
-            if link is not None and link in self.contended:
+            if flows is not None and self.fluid is not None:
+                meeting.arrived = self.fluid.start(flows, meeting.ranks)
+            elif link is not None and link in self.contended:
                 works_s = [durations_s[one] for one in meeting.ranks]
                 meeting.flow = self.links.start(link, meeting.ranks, works_s)
             meeting.begins.succeed()
         self.start.rows[position][rank] = self.env.now
-        yield self.env.timeout(durations_s[rank]) if meeting.flow is None else meeting.flow.done[rank]
+        if flows is not None and meeting.arrived:
+            yield meeting.arrived[rank]
+            # what the task takes beside its bytes
+            yield self.env.timeout(max(durations_s[rank] - float(flows.alone_s[rank]), 0.0))
+        else:
+            yield self.env.timeout(durations_s[rank]) if meeting.flow is None else meeting.flow.done[rank]
 
 
 def _links_of_several_streams(program: Program) -> frozenset[str]:

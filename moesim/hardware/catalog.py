@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from moesim.errors import HardwareError
-from moesim.hardware.cluster import Cluster
+from moesim.hardware.cluster import Cluster, Fabric
 from moesim.hardware.gpu import Gpu
 from moesim.units import Bytes, BytesPerSecond, FlopsPerSecond, Hertz, Seconds, UsdPerGpuHour
 
@@ -129,6 +129,7 @@ def load_cluster(
     nic_latency_s: float | None = None,
     usd_per_gpu_hour: float | None = None,
     uplink_oversubscription: float | None = None,
+    fabric: Fabric | None = None,
 ) -> Cluster:
     """Build a cluster from the catalog; whatever is given replaces the catalog's figure.
 
@@ -150,6 +151,8 @@ def load_cluster(
         Price of one GPU [USD/h].
     uplink_oversubscription
         Bandwidth of a node's NICs over what leaves its rail switch.
+    fabric
+        Wiring; by default NVLink through switches, one NIC a GPU on its own rail.
 
     Raises
     ------
@@ -182,6 +185,7 @@ def load_cluster(
         nic_latency_s=file.nic_latency if nic_latency_s is None else nic_latency_s,
         usd_per_gpu_hour=chip.usd_per_gpu_hour if usd_per_gpu_hour is None else usd_per_gpu_hour,
         uplink_oversubscription=uplink_oversubscription or file.oversubscription,
+        fabric=fabric or Fabric(),
     )
 
 

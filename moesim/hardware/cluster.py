@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from moesim.hardware.gpu import Gpu
 
-__all__ = ["Cluster"]
+__all__ = ["Cluster", "Fabric"]
+
+
+class Fabric(BaseModel):
+    """How the GPUs of a cluster are wired, beyond their rates."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    scale_up: Literal["switch", "mesh"] = "switch"
+    """NVLink through a switch, or a cable to each peer that shares the GPU's rate."""
+    gpus_per_nic: PositiveInt = 1
+    """GPUs that share one NIC of as many times their network rate."""
+    gpus_per_pcie_switch: PositiveInt | None = None
+    """GPUs behind one PCIe switch with one uplink; none = each on a root port of its own."""
+    network: Literal["rail", "fat-tree"] = "rail"
+    """NICs of equal position on a switch of their own, or all NICs of a node on one leaf."""
+    cross_rail: Literal["pxn", "spine", "direct"] = "pxn"
+    """To another rail: over NVLink to the neighbour on it, over the spine, or straight where nothing blocks."""
+    nodes_per_pod: PositiveInt | None = None
+    """Nodes of one pod; none = one pod holds all."""
+    pod_oversubscription: PositiveFloat = 1.0
+    """Bandwidth of a pod's NICs over what leaves the pod."""
+    degraded: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    """Share of its rate that a link has left, by name (`node0.nic3.out`, `gpu5.nvlink.*`); 0 = dead."""
 
 
 class Cluster(BaseModel):
@@ -30,6 +55,9 @@ class Cluster(BaseModel):
     """Price of one GPU for one hour [USD]."""
     uplink_oversubscription: PositiveFloat = 1.0
     """Bandwidth of a node's NICs over what leaves its rail switch; 1 = non-blocking."""
+
+    fabric: Fabric = Fabric()
+    """Wiring."""
 
     @property
     def n_gpus(self) -> int:

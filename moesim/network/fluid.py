@@ -149,6 +149,11 @@ class FluidNetwork:
         return numbers
 
     @property
+    def now_s(self) -> float:
+        """Instant of the last event played [s]."""
+        return self._solver.now_s
+
+    @property
     def next_s(self) -> float:
         """When `advance` next has something to tell; inf where nothing is in flight or to come [s]."""
         return self._solver.next_s(self._quantum)
