@@ -84,7 +84,7 @@ def check_units(kind: str, rows: pd.DataFrame, place: str, gpu: Gpu | None = Non
         floor[index] = floor_s(kind, rows.iloc[index], _datasheet(str(device), gpu))
     median = f"median {float(np.median(measured)):.4g} s"
     slow = float(np.median(measured / (floor + _launch_s(kind, rows))))
-    own_network = (rows.implementation == "gloo").all()  # gloo runs over links of any rate
+    own_network = rows.implementation.isin(("gloo", "nccl-sockets-one-gpu")).all()  # links of any rate
     if slow >= SLOW and not own_network:
         unit, by = ("microseconds", "1e6") if slow >= MICROSECONDS else ("milliseconds", "1000")
         raise MeasurementError(

@@ -1,39 +1,49 @@
-"""Fit the attention kernels of `moesim.cost.attention` to ``attention.parquet``.
+"""Fit the attention kernels of `moesim.cost.attention` to tables of kind ``attention``.
 
-Run ``python -m calibrate.fit.attention DATA_DIR -o moesim/catalog/profiles``; DATA_DIR holds ``measured/``.
 Equations, errors and what was tried: docs/fits/attention.md.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from calibrate.fit.common import FloatArray, LogFit, fit_log_least_squares, grouped_folds, write_fragment
-from calibrate.fit.gemm import PEAKS
-from calibrate.statistics import ape_stats
+from calibrate.fit.common import FloatArray, Prediction
+from calibrate.fit.family import (
+    Kernel,
+    Key,
+    Method,
+    Note,
+    Spec,
+    Values,
+    fit_family,
+    newest_software,
+    predict_by_family,
+)
+from calibrate.fit.mla_block import decode_block_s, missing_family
 from moesim.cost.attention import Heads, decode_kernel_s, prefill_kernel_s
 from moesim.hardware.gpu import Gpu, weight_bytes_per_element
+from moesim.hardware.profile import Profile
 
-__all__ = ["KERNELS", "Kernel", "families", "load_rows", "predicted_s"]
+__all__ = ["NAMES", "TABLES", "fit_table", "kernel_of", "predict_table", "predicted_s"]
 
-MEASURED = "h200-sxm"
-CARRIED = ("h100-sxm",)
-"""Same SM, other memory: the fractions are carried over."""
-DATA = "AIConfigurator silicon database @095f58a51 (Apache-2.0): {op} {kind}, {device}, {software}, {kernel}"
-SPLIT = "5-fold by (n_heads, n_kv_heads, head_dim, window), or one layout at a time where there are fewer"
-FIT_ROWS = 4000
-"""Rows of one fit, drawn at random from its folds."""
+TABLES = ("attention", "mla_block")
 LATENT_DIM, LATENT_V_DIM = 576, 512
 """DeepSeek's latent (512) with its rotary part (64): the measured MLA kernels are the absorbed ones."""
+WIDEST_HEAD = 256
+"""Widest head whose tiles the model knows; FlashAttention-4 runs heads of 512 in another way."""
+NAMES = {"vllm:vllm_flash_attn_fa3": "gqa-fa3", "sglang:flash_attention": "mla-fa3", "sglang:fa3": "mla-fa3"}
+"""Implementation in the measured tables to that of the profile; others keep their name."""
+METHODS = {
+    "gqa": Method(("n_heads", "n_kv_heads", "head_dim", "window")),
+    # MLA's other columns say the same of every layout: all heads share one latent.
+    "mla": Method(("n_heads",), split="5-fold by n_heads"),
+}
 
-MEANING = {
+_MEANING = {
     "launch_s": "launches of the attention layer with one token [s]",
     "compute_fraction": "rate of both products over the datasheet's bfloat16 peak, softmax apart",
     "softmax_dims": "softmax of one pair, in multiply-adds per pair",
@@ -47,8 +57,9 @@ MEANING = {
     "split_s": "summing the parts of a sequence cut over SMs [s]",
     "window_s": "further cost of a window shorter than the context [s]",
     "window_steps": "further steps of keys at the window's edge",
-    "append_fraction": "rate of storing 4096 bytes a token of fresh keys and values, over the memory rate",
-    "append_power": "growth of that time with the bytes of a token",
+    "append_fraction": "rate of storing up to 2048 bytes a token of fresh keys and values, over the memory rate",
+    "append_wide_fraction": "the same, the bytes of a token beyond those",
+    "sequence_s": "listing one sequence of a batch: its pages, its place among the tiles [s]",
     "cast_fraction": "rate of casting queries to fp8, in bytes read, over the datasheet's memory rate",
     "wide_power": "growth of a key's cost in heads wider than 128, beyond their dimensions",
     "widen_fraction": "rate of widening the whole fp8 cache before the product, in bytes read, over the memory rate",
@@ -56,149 +67,115 @@ MEANING = {
 _SHARED = {
     "launch_s": (8e-6, 2e-6, 2e-5), "hbm_fraction": (0.85, 0.5, 0.95), "l2_ratio": (4.0, 0.5, 8.0),
     "unit_s": (2e-6, 1e-8, 1e-5), "unit_dim_s": (2e-9, 1e-11, 5e-8), "wave_rounding": (0.8, 0.01, 1.0),
-    "overlap_power": (3.0, 1.5, 8.0), "append_fraction": (0.2, 0.005, 0.95), "append_power": (0.8, 0.3, 1.0),
+    "overlap_power": (3.0, 1.5, 8.0), "append_fraction": (0.1, 0.005, 0.95),
+    "compute_fraction": (0.7, 0.4, 0.9), "split_s": (2e-6, 1e-7, 1e-5),
 }  # fmt: skip
-_PREFILL = {
-    "compute_fraction": (0.7, 0.4, 0.9), "softmax_dims": (60.0, 1.0, 200.0), "edge_steps": (0.5, 0.05, 2.0),
-    "split_s": (2e-6, 1e-7, 1e-5),
-}  # fmt: skip
-_DECODE = {
-    "compute_fraction": (0.7, 0.4, 0.9), "softmax_dims": (30.0, 1.0, 200.0), "split_s": (2e-6, 1e-7, 1e-5),
-}  # fmt: skip
+_RANGES = {
+    "attention_prefill": _SHARED | {"softmax_dims": (60.0, 1.0, 200.0), "edge_steps": (0.5, 0.05, 2.0)},
+    "attention_decode": _SHARED | {"softmax_dims": (30.0, 1.0, 200.0)},
+}
+_SEQUENCE = {"sequence_s": (5e-9, 1e-11, 1e-6)}
 _WINDOW = {"window_s": (2e-6, 1e-8, 1e-5), "window_steps": (1.0, 1.0, 1.0)}
 _CAST = {"cast_fraction": (0.2, 0.02, 0.95)}
-_WIDE = {"wide_power": (1.0, 0.05, 3.0)}
-_LATENT = {"compute_fraction": (0.68, 0.4, 0.9), "append_power": (1.0, 1.0, 1.0)}
-_WIDEN = {"widen_fraction": (0.07, 0.01, 0.95)}
+_LATENT = {"compute_fraction": (0.68, 0.4, 0.9)}
+_COLUMNS = ["batch", "n_query", "n_context", "n_heads", "n_kv_heads", "head_dim", "window"]
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One family of the profile and the rows that it is fitted to."""
-
-    op: str
-    kind: str
-    implementation: str
-    dtype: str
-    """Format of the KV cache."""
-    measured: str
-    """Implementation in the measured table."""
-    ranges: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    """Start, low, high by parameter; equal bounds hold it."""
-
-
-_FA3, _MLA = "vllm:vllm_flash_attn_fa3", "sglang:flash_attention"
-_P, _D = _SHARED | _PREFILL, _SHARED | _DECODE
-KERNELS = (
-    Kernel("attention_prefill", "gqa", "gqa-fa3", "bfloat16", _FA3, _P),
-    Kernel("attention_prefill", "gqa", "gqa-fa3", "fp8", _FA3, _P | _CAST),
-    Kernel("attention_prefill", "mla", "mla-fa3", "bfloat16", _MLA, _P | _LATENT),
-    Kernel("attention_prefill", "mla", "mla-fa3", "fp8", _MLA, _P | _LATENT),
-    Kernel("attention_decode", "gqa", "gqa-fa3", "bfloat16", _FA3, _D | _WINDOW),
-    Kernel("attention_decode", "gqa", "gqa-fa3", "fp8", _FA3, _D | _WINDOW | _CAST | _WIDE),
-    Kernel("attention_decode", "mla", "mla-fa3", "bfloat16", _MLA, _D | _LATENT),
-    Kernel("attention_decode", "mla", "mla-fa3", "fp8", _MLA, _D | _LATENT | _WIDEN),
-)
-_LAYOUT = ["n_heads", "n_kv_heads", "head_dim", "window"]
-_COLUMNS = ["batch", "n_query", "n_context", *_LAYOUT]
+def kernel_of(op: str, kind: str, implementation: str, dtype: str) -> Kernel:
+    """Family that rows of a measured implementation are fitted as; `dtype` is that of the KV cache."""
+    ranges = dict(_RANGES[op])
+    decode, fp8 = op == "attention_decode", dtype == "fp8"
+    if kind == "mla":
+        ranges |= _LATENT | ({"widen_fraction": (0.07, 0.01, 0.95)} if decode and fp8 else {})
+    else:
+        ranges |= {"append_wide_fraction": (0.2, 0.01, 0.95)}
+        ranges |= (_WINDOW | _SEQUENCE if decode else {}) | (_CAST if fp8 else {})
+        ranges |= {"wide_power": (1.0, 0.05, 3.0)} if fp8 else {}
+    spec: Spec = {name: (*row, _MEANING[name]) for name, row in ranges.items()}
+    return Kernel(op, NAMES.get(implementation, implementation), dtype, spec)
 
 
-def load_rows(data_dir: Path, kernel: Kernel) -> pd.DataFrame:
-    """Measured rows of one kernel; MLA's layouts are spelled out as the latent's."""
-    table = pd.read_parquet(data_dir / "measured" / "attention.parquet")
-    table = table[(table.device == MEASURED) & (table.op == kernel.op) & (table.kind == kernel.kind)]
-    rows = table[(table.implementation == kernel.measured) & (table.kv_dtype == kernel.dtype)].copy()
-    if kernel.kind == "mla":
-        rows["n_kv_heads"], rows["head_dim"] = 1, LATENT_DIM
-    rows[_COLUMNS] = rows[_COLUMNS].astype(float)
-    return rows.reset_index(drop=True)
-
-
-def predicted_s(rows: pd.DataFrame, values: Mapping[str, float], gpu: Gpu, kernel: Kernel) -> FloatArray:
-    """Model's time of every row [s]."""
+def predicted_s(rows: pd.DataFrame, values: Values, gpu: Gpu, op: str, kind: str, dtype: str) -> FloatArray:
+    """Model's time of every row of one family [s]; MLA's heads are the latent's."""
     column = {name: rows[name].to_numpy(dtype=float) for name in _COLUMNS}
-    latent = kernel.kind == "mla"
+    latent = kind == "mla"
     heads = Heads(
-        column["n_heads"], column["n_kv_heads"], column["head_dim"],
+        column["n_heads"], np.ones(len(rows)) if latent else column["n_kv_heads"],
+        np.full(len(rows), LATENT_DIM) if latent else column["head_dim"],
         LATENT_V_DIM if latent else column["head_dim"], column["window"],
-        weight_bytes_per_element(kernel.dtype), kernel.kind,
+        weight_bytes_per_element(dtype), kind,
     )  # fmt: skip
     batch, context = column["batch"], column["n_context"]
-    if kernel.op == "attention_decode":
+    if op == "attention_decode":
         return decode_kernel_s(batch, context, heads, gpu=gpu, params=values)
     return prefill_kernel_s(batch, column["n_query"], context, heads, gpu=gpu, params=values)
 
 
-def _fit(rows: pd.DataFrame, kernel: Kernel, gpu: Gpu, seed: int) -> LogFit:
-    sample = rows.sample(min(FIT_ROWS, len(rows)), random_state=seed)
-    start = {name: first for name, (first, _, _) in kernel.ranges.items()}
-    bounds = {name: (low, high) for name, (_, low, high) in kernel.ranges.items()}
-    return fit_log_least_squares(
-        lambda values: predicted_s(sample, values, gpu, kernel),
-        sample.latency_s.to_numpy(), start, bounds, max_evaluations=30,
-    )  # fmt: skip
+def fit_table(
+    rows: pd.DataFrame, *, gpu: Gpu, base: Profile | None, note: Note, source: str = ""
+) -> list[dict[str, Any]]:
+    """Families ``attention_prefill`` and ``attention_decode`` of one device.
 
-
-def held_out(rows: pd.DataFrame, kernel: Kernel, gpu: Gpu) -> dict[str, Any]:
-    """Errors on head layouts that the fit did not see."""
-    predicted = np.zeros(len(rows))
-    for seed, mask in enumerate(grouped_folds(rows[_LAYOUT].to_numpy(), 5, seed=0)):
-        values = _fit(rows[~mask], kernel, gpu, seed).values
-        predicted[mask] = predicted_s(rows[mask], values, gpu, kernel)
-    return {"split": SPLIT, **ape_stats(predicted, rows.latency_s.to_numpy())}
-
-
-def families(data_dir: Path) -> list[dict[str, Any]]:
-    """Every attention family, as a profile holds it."""
-    gpu = PEAKS[MEASURED]
+    Whole MLA blocks are not fitted: they are the sum of their attention and their products. Arguments as in
+    `calibrate.fit.gemm.fit_table`.
+    """
     found = []
-    for kernel in KERNELS:
-        rows = load_rows(data_dir, kernel)
-        fit = _fit(rows, kernel, gpu, seed=0)
-        found.append(_family(kernel, rows, fit, held_out(rows, kernel, gpu)))
+    names = ["op", "kind", "implementation", "kv_dtype"]
+    for (op, kind, implementation, dtype), every in _attention_rows(rows).groupby(names, sort=False):
+        part = every[every["head_dim"] <= WIDEST_HEAD] if kind == "gqa" else every
+        if len(part) < len(every):
+            wide = len(every) - len(part)
+            note(f"{op} {implementation}: {wide} rows not fitted: heads wider than {WIDEST_HEAD}")
+        if part.empty:
+            continue
+        found.append(
+            fit_family(
+                kernel_of(op, kind, implementation, dtype),
+                newest_software(part, note),
+                partial(predicted_s, gpu=gpu, op=op, kind=kind, dtype=dtype),
+                METHODS[kind],
+                base=base,
+                note=note,
+                source=source,
+            )
+        )
     return found
 
 
-def _family(kernel: Kernel, rows: pd.DataFrame, fit: LogFit, error: Mapping[str, Any]) -> dict[str, Any]:
-    data = DATA.format(
-        op=kernel.op,
-        kind=kernel.kind,
-        device=MEASURED,
-        software=rows.software.iloc[0],
-        kernel=kernel.measured,
-    )
-    return {
-        "op": kernel.op,
-        "implementation": kernel.implementation,
-        "dtype": kernel.dtype,
-        "parameters": {
-            name: {"value": value, "stderr": fit.stderr[name], "meaning": MEANING[name]}
-            for name, value in fit.values.items()
-        },
-        "provenance": {"kind": "fitted", "data": data, "n_points": len(rows)},
-        "held_out": dict(error),
-    }
+def _attention_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows["op"].isin(list(_RANGES))]
 
 
-def _carried(family: Mapping[str, Any]) -> dict[str, Any]:
-    """The same fractions on a GPU that was not measured."""
-    kept = {key: value for key, value in family.items() if key != "held_out"}
-    data = f"fractions of peak fitted on {MEASURED}: {family['provenance']['data']}"
-    return kept | {"provenance": {"kind": "carried-over", "data": data}}
+def predict_table(rows: pd.DataFrame, *, gpu: Gpu, profile: Profile) -> Prediction:
+    """Times of measured attention, and of DeepSeek-V3's attention block at decode; NaN with a reason elsewhere."""
 
+    def locate(values: tuple[Any, ...]) -> Key | str:
+        op, _, implementation, dtype, wide = values
+        if op == "mla_block_prefill":
+            return "a prefill block launched kernel by kernel waits for its host, which has no model"
+        if op == "mla_block_decode":
+            if NAMES.get(implementation) != "mla-fa3":
+                return f"the block of {implementation} runs attention that was not fitted"
+            lacking = missing_family(profile)
+            return (
+                f"the profile has no family {lacking}"
+                if lacking
+                else ("attention_decode", "mla-fa3", "bfloat16")
+            )
+        if op not in _RANGES:
+            return f"no model of {op}"
+        if wide:
+            return f"heads wider than {WIDEST_HEAD} run in a kernel that the model does not know"
+        return op, NAMES.get(implementation, implementation), dtype
 
-def main() -> None:
-    """Fit the measured device, carry over to its sibling, and write the fragments."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data_dir", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    chosen = parser.parse_args()
-    found = families(chosen.data_dir)
-    write_fragment(chosen.output / f"{MEASURED}.attention.yaml", MEASURED, found)
-    for device in CARRIED:
-        path = chosen.output / f"{device}.attention.yaml"
-        write_fragment(path, device, [_carried(family) for family in found])
+    def price(part: pd.DataFrame, values: Values, key: Key) -> FloatArray:
+        if part["op"].iloc[0] == "mla_block_decode":
+            return decode_block_s(part, gpu, profile)
+        return predicted_s(part, values, gpu, key[0], part["kind"].iloc[0], key[2])
 
-
-if __name__ == "__main__":
-    main()
+    kind = rows["kind"] if "kind" in rows else pd.Series("mla", index=rows.index)
+    kind = kind.fillna("mla")
+    width = rows["head_dim"] if "head_dim" in rows else pd.Series(0, index=rows.index)
+    wide = (kind == "gqa") & (width.fillna(0).astype(float) > WIDEST_HEAD)
+    columns = ["op", "kind", "implementation", "kv_dtype", "wide"]
+    return predict_by_family(rows.assign(kind=kind, wide=wide), columns, locate, profile, price)

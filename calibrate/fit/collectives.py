@@ -1,63 +1,141 @@
-"""Fit the collectives: NCCL and engines' all-reduce on one host, DeepEP on one host and across hosts.
+"""Fit NCCL's collectives and the engines' own all-reduce to tables of kinds ``collective`` and ``all_reduce``.
 
-    python -m calibrate.fit.collectives DATA_DIR -o moesim/catalog/profiles
-
-reads ``measured/{nccl,all_reduce,deepep}.parquet`` and ``published_facts.csv`` there, and writes
- ``{h200-sxm,h100-sxm}.collectives.yaml``.
+Equations, errors and what was tried: docs/fits/collectives.md.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from calibrate.fit.common import FloatArray, LogFit, grouped_folds, write_fragment
-from calibrate.fit.exchange import exchange_families, one_sided_families
-from calibrate.fit.links import FOLDS, NVLINK, RATE, Spec, family_entry, say, solve
-from calibrate.statistics import ape_stats
+from calibrate.fit.assumed import assumed_network
+from calibrate.fit.common import FloatArray, Prediction
+from calibrate.fit.family import (
+    Kernel,
+    Key,
+    Method,
+    Note,
+    Spec,
+    Values,
+    fit_family,
+    known_family,
+    newest_software,
+    predict_by_family,
+)
+from moesim.hardware.gpu import Gpu
+from moesim.hardware.profile import Profile
 from moesim.network.collectives import custom_all_reduce_s, nccl_one_node_s
 
-__all__ = ["predict_custom", "predict_nccl", "run"]
+__all__ = [
+    "CUSTOM", "TABLES", "custom_kernel", "fit_table", "nccl_kernel", "predict_custom", "predict_nccl", "predict_send",
+    "predict_table", "with_payload",
+]  # fmt: skip
+
+TABLES = ("collective", "all_reduce")
+LIBRARY = "nccl"
+SWITCH_RANKS = 8
+"""Ranks from which NCCL sums in the switch."""
+COLLECTIVES = ("all_gather", "all_reduce", "all_to_all", "reduce_scatter")
+METHOD = Method(("payload_bytes",), loss_scale=0.08, max_evaluations=80, split="5-fold by message size")
+RATE = "share of the NVLink datasheet rate"
+CUSTOM = {
+    "vllm:vLLM_custom_graph": "vllm-custom",
+    "sglang:SGLang_CustomAllReduce_graph": "sglang-custom",
+    "trtllm:TRTLLM": "trtllm",
+    "vllm:vLLM_custom_eager": "vllm-custom-eager",
+    "sglang:SGLang_CustomAllReduce_eager": "sglang-custom-eager",
+}
+"""Engines' kernels in the measured table and in the profile, launched in a CUDA graph or one by one."""
+CUSTOM_MAX_BYTES = 8 * 2**20
+"""Largest buffer that engines give their own kernel; beyond it the measured curve is NCCL's own."""
+_ELEMENT_BYTES = {"int8": 1, "uint8": 1, "fp8": 1, "float32": 4, "fp32": 4, "int32": 4, "int64": 8}
+"""Others are 2."""
+_INTEGERS = ("int8", "uint8", "int32", "int64")
 
 
-def _line(name: str, latency: float, step: float, rate: float, what: str, span: tuple[float, float]) -> Spec:
+def _line(
+    name: str,
+    latency: float,
+    step: float,
+    rate: float,
+    what: str,
+    span: tuple[float, float],
+    loss: float = 0.2,
+) -> Spec:
     return {
         f"{name}_latency_s": (latency, 5e-7, 1.5e-4, f"{what}: fixed cost [s]"),
         f"{name}_step_s": (step, 1e-8, 6e-6, f"{what}: cost of each further rank [s]"),
         f"{name}_rate_fraction": (rate, *span, f"{what}: {RATE}, many ranks"),
-        f"{name}_rate_loss": (0.2, 1e-3, 1.6, f"{what}: share of that rate lost, times the ranks"),
+        f"{name}_rate_loss": (loss, 1e-3, 1.6, f"{what}: share of that rate lost, times the ranks"),
     }
 
 
-NCCL_SPEC: Spec = {
+_NCCL: Spec = {
     **_line("ll", 4e-6, 1e-6, 0.05, "LL protocol", (0.003, 0.3)),
     **_line("ll128", 6e-6, 1e-6, 0.3, "LL128 protocol", (0.03, 0.9)),
     **_line("simple", 1.5e-5, 1e-6, 0.8, "Simple protocol", (0.3, 1.0)),
 }
-NVLS_SPEC: Spec = {
+_PAIRS: Spec = {
+    **_line("ll", 6e-6, 4e-7, 0.07, "LL protocol", (0.003, 0.3), loss=1.5),
+    **_line("ll128", 1.3e-5, 2e-7, 0.6, "LL128 protocol", (0.03, 0.9), loss=0.4),
+    "ll128_free_bytes": (7e5, 1e3, 1e7, "LL128 protocol: bytes under way within the fixed cost [bytes]"),
+    **_line("simple", 3e-5, 3e-6, 0.75, "Simple protocol", (0.3, 1.0)),
+}
+"""An all-to-all's: sends between pairs fill their channels' buffers while the kernel starts."""
+_SWITCH: Spec = {
     "nvls_latency_s": (2.5e-5, 5e-6, 1.5e-4, "in-switch reduction: fixed cost [s]"),
     "nvls_step_s": (1e-8, 1e-8, 1e-8, "in-switch reduction: cost of each further rank, held [s]"),
     "nvls_rate_fraction": (0.65, 0.3, 1.0, f"in-switch reduction: {RATE}"),
     "nvls_rate_loss": (1e-3, 1e-3, 1e-3, "in-switch reduction: held at none"),
-    "nvls_min_ranks": (8, 8, 8, "ranks from which NCCL reduces in the switch, seen in the data"),
+    "nvls_min_ranks": (
+        SWITCH_RANKS,
+        SWITCH_RANKS,
+        SWITCH_RANKS,
+        "ranks from which NCCL reduces in the switch, seen in the data",
+    ),
 }
-CUSTOM_SPEC: Spec = {
+_CUSTOM: Spec = {
     **_line("one_shot", 2.5e-6, 1e-7, 0.5, "one-shot", (0.05, 1.0)),
     **_line("two_shot", 4e-6, 3e-7, 0.6, "two-shot", (0.05, 1.0)),
 }
-# Largest buffer that the engine gives its own kernel; beyond it the measured curve is NCCL's own.
-CUSTOM_MAX_BYTES = {"vllm-custom": 8 * 2**20, "sglang-custom": 8 * 2**20, "trtllm": 8 * 2**20}
-CUSTOM_ROWS = {
-    "vllm-custom": "vllm:vLLM_custom_graph",
-    "sglang-custom": "sglang:SGLang_CustomAllReduce_graph",
-    "trtllm": "trtllm:TRTLLM",
+_SEND: Spec = {
+    "nvlink_start_s": (8e-6, 1e-6, 1e-4, "fixed cost of a send [s]"),
+    "nvlink_rate_fraction": (0.8, 0.1, 1.0, RATE),
 }
+
+
+def nccl_kernel(op: str, dtype: str, most_ranks: int = SWITCH_RANKS) -> Kernel:
+    """Family of one of NCCL's collectives, measured on groups of up to `most_ranks`.
+
+    Integers are not added in the switch, so they have a family of their own.
+    """
+    if op == "send_recv":
+        return Kernel(op, LIBRARY, "any", _SEND)
+    spec = _PAIRS if op == "all_to_all" else _NCCL
+    if op == "all_reduce":
+        spec = {**spec, "ll_step_s": (1.7e-6, 1e-8, 6e-6, spec["ll_step_s"][3])}
+        spec = spec if dtype == "int8" or most_ranks < SWITCH_RANKS else {**spec, **_SWITCH}
+    sms = {"n_sms": (16.0, "SMs taken: NCCL's channels on one host, assumed")}
+    return Kernel(op, LIBRARY, dtype, spec, sms if op == "all_to_all" else {})
+
+
+def custom_kernel(implementation: str) -> Kernel:
+    """Family of an engine's own all-reduce."""
+    most = {"max_bytes": (float(CUSTOM_MAX_BYTES), "largest buffer of the engine's own kernel; assumed")}
+    return Kernel("all_reduce", CUSTOM.get(implementation, implementation), "any", _CUSTOM, most)
+
+
+def with_payload(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with `payload_bytes`, as `moesim.network.collectives.wire_bytes` counts them."""
+    width = rows["dtype"].map(lambda name: _ELEMENT_BYTES.get(name, 2)).astype(float)
+    payload = rows["message_elements"].astype(float) * width
+    if "message_bytes" in rows:
+        payload = rows["message_bytes"].astype(float).fillna(payload)
+    return rows.assign(payload_bytes=payload)
 
 
 def _by_ranks(rows: pd.DataFrame, price: Callable[[FloatArray, int], FloatArray]) -> FloatArray:
@@ -70,163 +148,109 @@ def _by_ranks(rows: pd.DataFrame, price: Callable[[FloatArray, int], FloatArray]
     return out
 
 
-def predict_nccl(op: str, rows: pd.DataFrame, values: Mapping[str, float]) -> FloatArray:
-    """Times of NCCL rows [s]."""
+def predict_nccl(op: str, gpu: Gpu, rows: pd.DataFrame, values: Values) -> FloatArray:
+    """Times of NCCL rows on one host [s]."""
+    link = gpu.nvlink_bytes_per_s
     return _by_ranks(
-        rows, lambda b, n: nccl_one_node_s(op, b, n_ranks=n, link_bytes_per_s=NVLINK, values=values)
+        rows, lambda b, n: nccl_one_node_s(op, b, n_ranks=n, link_bytes_per_s=link, values=values)
     )
 
 
-def predict_custom(rows: pd.DataFrame, values: Mapping[str, float]) -> FloatArray:
+def predict_send(gpu: Gpu, rows: pd.DataFrame, values: Values) -> FloatArray:
+    """Times of sends to one rank of the same host [s]."""
+    payload = rows["payload_bytes"].to_numpy(dtype=float)
+    rate = values["nvlink_rate_fraction"] * gpu.nvlink_bytes_per_s
+    return np.asarray(values["nvlink_start_s"] + payload / rate)
+
+
+def predict_custom(gpu: Gpu, rows: pd.DataFrame, values: Values) -> FloatArray:
     """Times of rows of an engine's all-reduce [s]."""
+    link = gpu.nvlink_bytes_per_s
     return _by_ranks(
-        rows, lambda b, n: custom_all_reduce_s(b, n_ranks=n, link_bytes_per_s=NVLINK, values=values)
+        rows, lambda b, n: custom_all_reduce_s(b, n_ranks=n, link_bytes_per_s=link, values=values)
     )
 
 
-RowModel = Callable[[pd.DataFrame, Mapping[str, float]], FloatArray]
+def fit_table(
+    rows: pd.DataFrame, *, gpu: Gpu, base: Profile | None, note: Note, source: str = ""
+) -> list[dict[str, Any]]:
+    """Families of collectives inside one host, and those assumed beyond it.
 
-
-def _fit_rows(model: RowModel, rows: pd.DataFrame, spec: Spec) -> LogFit:
-    return solve(lambda values: model(rows, values), rows["latency_s"].to_numpy(), spec)
-
-
-def _inside(model: RowModel, rows: pd.DataFrame, fit: LogFit) -> dict[str, Any]:
-    return ape_stats(model(rows, fit.values), rows["latency_s"].to_numpy())
-
-
-def _held_out_by_size(model: RowModel, rows: pd.DataFrame, spec: Spec) -> dict[str, Any]:
-    predicted = np.empty(len(rows))
-    for mask in grouped_folds(rows["payload_bytes"].to_numpy(), FOLDS, 0):
-        predicted[mask] = model(rows[mask], _fit_rows(model, rows[~mask], spec).values)
-    return {"split": f"{FOLDS}-fold by message size", **ape_stats(predicted, rows["latency_s"].to_numpy())}
-
-
-def eight_from_fewer(op: str, rows: pd.DataFrame) -> dict[str, Any]:
-    """Error on 8 GPUs of a fit that saw 2 and 4."""
-    model = partial(predict_nccl, op)
-    fit = _fit_rows(model, rows[rows["n_ranks"] < 8], NCCL_SPEC)
-    return _inside(model, rows[rows["n_ranks"] == 8], fit)
-
-
-def nccl_families(rows: pd.DataFrame, show: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Families ``(collective, nccl)``; all-reduce twice, because integers are not added in the switch."""
-    families = []
-    parts = [(op, "any", None) for op in ("all_gather", "reduce_scatter", "all_to_all")]
-    for op, dtype, measured_dtype in [*parts, ("all_reduce", "any", "fp16"), ("all_reduce", "int8", "int8")]:
-        here = rows[rows["op"] == op]
-        if measured_dtype:
-            here = here[here["dtype"] == measured_dtype]
-        spec = {**NCCL_SPEC, **NVLS_SPEC} if measured_dtype == "fp16" else NCCL_SPEC
-        if op == "all_reduce":
-            spec = {**spec, "ll_step_s": (1.7e-6, 1e-8, 6e-6, spec["ll_step_s"][3])}
-        model = partial(predict_nccl, op)
-        fit, held = _fit_rows(model, here, spec), _held_out_by_size(model, here, spec)
-        show(f"nccl {op} {dtype}: in {say(_inside(model, here, fit))}; by size {say(held)}")
-        show(f"nccl {op} {dtype}: 8 GPUs from 2 and 4 {say(eight_from_fewer(op, here))}")
-        sms = {"n_sms": (16.0, "SMs taken: NCCL's channels on one host, assumed")}
-        data = "nccl 2.29.2, one H200 host, 2 to 8 GPUs"
-        families.append(
-            family_entry(op, "nccl", fit, spec, data, held, sms if op == "all_to_all" else {}, dtype)
+    Arguments as in `calibrate.fit.gemm.fit_table`.
+    """
+    rows = with_payload(rows)
+    rows = rows.assign(why=_why_not(rows, gpu))
+    for (name, op, why), part in rows[rows["why"] != ""].groupby(["implementation", "op", "why"]):
+        note(f"{op} {name}: {len(part)} rows not fitted: {why}")
+    rows = rows[(rows["why"] == "") & (rows["n_ranks"] > 1)]
+    rows = rows.assign(family=_families(rows))
+    found = []
+    for (name, op, dtype), every in rows.groupby(["implementation", "op", "family"], sort=False):
+        part = newest_software(every, note)
+        kernel = (
+            nccl_kernel(op, dtype, int(part["n_ranks"].max())) if name == LIBRARY else custom_kernel(name)
         )
-    return families
+        if name != LIBRARY:
+            part = part[part["payload_bytes"] <= CUSTOM_MAX_BYTES]
+        model = _model(kernel.key, gpu)
+        found.append(fit_family(kernel, part, model, METHOD, base=base, note=note, source=source))
+    return [*found, *assumed_network(found)]
 
 
-def custom_families(rows: pd.DataFrame, show: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Families ``(all_reduce, engine)``, from the rows launched in CUDA graphs within the kernel's limit."""
-    families = []
-    for name, label in CUSTOM_ROWS.items():
-        limit = CUSTOM_MAX_BYTES[name]
-        here = rows[(rows["implementation"] == label) & (rows["payload_bytes"] <= limit)]
-        fit = _fit_rows(predict_custom, here, CUSTOM_SPEC)
-        held = _held_out_by_size(predict_custom, here, CUSTOM_SPEC)
-        show(f"all_reduce {name}: in {say(_inside(predict_custom, here, fit))}; by size {say(held)}")
-        constants = {"max_bytes": (float(limit), "largest buffer of the engine's own kernel; assumed")}
-        data = f"{here['software'].iloc[0]}, one H200 host, 2 to 8 GPUs, in CUDA graphs"
-        families.append(family_entry("all_reduce", name, fit, CUSTOM_SPEC, data, held, constants))
-    return families
-
-
-def assumed_families() -> list[dict[str, Any]]:
-    """Families across nodes, over PCIe and point to point: datasheet rates with assumed efficiencies."""
-    start = (1.5e-5, "fixed cost of a call; assumed")
-    tables: tuple[tuple[str, str, dict[str, tuple[float, str]]], ...] = (
-        (
-            "inter_node",
-            "share of the NIC rate: 48.5 of 50 GB/s reachable on CX7 NDR (NVIDIA, published_facts NET-NDR); "
-            "start, hop and peer costs assumed",
-            {
-                "nic_rate_fraction": (0.97, "share of the NIC's datasheet rate"),
-                "start_s": start,
-                "hop_s": (3e-6, "cost of a hop beside the link's latency; assumed"),
-                "peer_s": (0.5e-6, "cost of posting to one far peer in an all-to-all; assumed"),
-            },
-        ),
-        (
-            "pcie",
-            "no measurement without NVLink in the data; assumed",
-            {
-                "rate_fraction": (0.75, "share of the PCIe datasheet rate; assumed"),
-                "start_s": start,
-                "step_s": (3e-6, "cost of each ring step; assumed"),
-            },
-        ),
-        (
-            "send_recv",
-            "NVLink share: 370 of 450 GB/s outside all-reduce (NVIDIA, published_facts NET-NVL-eff); start assumed",
-            {
-                "nvlink_start_s": (8e-6, "fixed cost of a send; assumed"),
-                "nvlink_rate_fraction": (0.82, RATE),
-            },
-        ),
+def _families(rows: pd.DataFrame) -> pd.Series:
+    """Format in the profile: NCCL adds floats of 8 ranks and more in the switch, integers never."""
+    integers = (
+        (rows["op"] == "all_reduce") & rows["dtype"].isin(_INTEGERS) & (rows["implementation"] == LIBRARY)
     )
-    return [
-        {
-            "op": op, "implementation": "nccl", "dtype": "any",
-            "parameters": {name: {"value": value, "meaning": meaning} for name, (value, meaning) in values.items()},
-            "provenance": {"kind": "assumed", "data": data},
-        }
-        for op, data, values in tables
-    ]  # fmt: skip
+    return pd.Series(np.where(integers, "int8", "any"), index=rows.index)
 
 
-def _carried(family: Mapping[str, Any]) -> dict[str, Any]:
-    provenance = family["provenance"]
-    if provenance["kind"] == "assumed":
-        return dict(family)
-    data = f"h200-sxm, which has the same NVLink: {provenance['data']}"
-    return {**family, "provenance": {**provenance, "kind": "carried-over", "data": data}}
+def _why_not(rows: pd.DataFrame, gpu: Gpu) -> pd.Series:
+    """Reason why a row has no model, else an empty string."""
+    why = pd.Series("", index=rows.index)
+    library = rows["implementation"] == LIBRARY
+    why[library & ~rows["op"].isin([*COLLECTIVES, "send_recv"])] = "no model of this operator"
+    why[~library & (rows["op"] != "all_reduce")] = "only all-reduce has kernels of its own beside NCCL's"
+    why[rows["implementation"] == "gloo"] = "gloo runs on hosts; its links are fitted apart"
+    if "n_nodes" in rows:
+        why[rows["n_nodes"].fillna(1).astype(float) > 1] = "links between nodes are fitted apart"
+    if "split" in rows:
+        why[rows["split"] == "trace"] = (
+            "uneven splits are priced by their busiest port, which the row does not tell"
+        )
+    if gpu.nvlink_bytes_per_s == 0:
+        why[why == ""] = f"{gpu.name} has no NVLink; collectives over PCIe are assumed"
+    return why
 
 
-def run(data: Path, out: Path, show: Callable[[str], None]) -> None:
-    """Fit everything in `data` and write both fragments to `out`; errors go to `show`, a line each."""
-    measured = data / "measured"
-    nccl = pd.read_parquet(measured / "nccl.parquet")
-    reduce = pd.read_parquet(measured / "all_reduce.parquet")
-    one_host = [
-        *nccl_families(nccl.assign(payload_bytes=nccl["message_bytes"].astype(float)), show),
-        *custom_families(reduce.assign(payload_bytes=2.0 * reduce["message_elements"]), show),
-        *assumed_families(),
-    ]
-    one_sided = one_sided_families(pd.read_csv(data / "published_facts.csv"), show)
-    h200, h100 = exchange_families(pd.read_parquet(measured / "deepep.parquet"), show)
-    for device, families, exchange in (
-        ("h200-sxm", one_host, h200),
-        ("h100-sxm", [_carried(family) for family in one_host], h100),
-    ):
-        write_fragment(out / f"{device}.collectives.yaml", device, [*families, *exchange, *one_sided])
+def _model(key: Key, gpu: Gpu) -> Callable[[pd.DataFrame, Values], FloatArray]:
+    op, implementation, _ = key
+    if implementation != LIBRARY:
+        return partial(predict_custom, gpu)
+    return partial(predict_send, gpu) if op == "send_recv" else partial(predict_nccl, op, gpu)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description="Fit collectives to measured tables and write profile fragments."
-    )
-    parser.add_argument("data", type=Path, help="folder with measured/*.parquet")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the profiles")
-    options = parser.parse_args(arguments)
-    run(options.data, options.out, print)
+def predict_table(rows: pd.DataFrame, *, gpu: Gpu, profile: Profile) -> Prediction:
+    """Times of measured collectives on one host; NaN with a reason where there is no model.
 
+    Beyond the largest buffer of its own kernel an engine runs NCCL.
+    """
+    rows = with_payload(rows)
+    rows = rows.assign(why=_why_not(rows, gpu), family=_families(rows))
+    library = known_family(profile, ("all_reduce", LIBRARY, "any"))
 
-if __name__ == "__main__":
-    main()
+    def locate(values: tuple[Any, ...]) -> Key | str:
+        op, implementation, dtype, why = values
+        if why:
+            return str(why)
+        return (op, implementation, dtype) if implementation == LIBRARY else custom_kernel(implementation).key
+
+    def price(part: pd.DataFrame, values: Values, key: Key) -> FloatArray:
+        time_s = _model(key, gpu)(part, values)
+        if key[1] == LIBRARY:
+            return time_s
+        beyond = part["payload_bytes"].to_numpy(dtype=float) > values["max_bytes"]
+        nccl_s = np.nan if library is None else predict_nccl("all_reduce", gpu, part, library.values())
+        return np.where(beyond, nccl_s, time_s)
+
+    return predict_by_family(rows, ["op", "implementation", "family", "why"], locate, profile, price)

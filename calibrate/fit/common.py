@@ -15,9 +15,19 @@ from scipy.optimize import least_squares
 from moesim.errors import ProfileError
 from moesim.hardware.profile import Profile
 
-__all__ = ["FloatArray", "LogFit", "fit_log_least_squares", "grouped_folds", "write_fragment"]
+__all__ = ["FloatArray", "LogFit", "Prediction", "fit_log_least_squares", "grouped_folds", "write_fragment"]
 
 FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a profile says of measured rows."""
+
+    time_s: FloatArray
+    """[n] predicted times [s]; NaN where the profile has no parameters for the row."""
+    why_not: list[str | None]
+    """[n] reason where there is no time, else None."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,152 +1,56 @@
-"""Fit DeepEP's exchanges on one host and across hosts, and the one-sided ones of a large NVLink domain."""
+"""Fit DeepEP's exchanges on one host and across hosts to tables of kind ``deepep``.
+
+Equations, errors and what was tried: docs/fits/collectives.md.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from calibrate.fit.common import FloatArray, LogFit, grouped_folds
-from calibrate.fit.links import FOLDS, NIC, NVLINK, RATE, Spec, family_entry, say, solve
+from calibrate.fit.common import LogFit, Prediction, fit_log_least_squares, grouped_folds
+from calibrate.fit.exchange_rows import (
+    DIRECTIONS,
+    GPUS_PER_NODE,
+    KINDS,
+    Direction,
+    ExchangeRows,
+    Kind,
+    exchange_rows,
+    measured_s,
+    predict_exchange,
+)
+from calibrate.fit.family import (
+    MARKED,
+    N_FOLDS,
+    PRIOR_WEIGHT,
+    Kernel,
+    Note,
+    Spec,
+    Values,
+    family_entry,
+    fitted_values,
+    is_blind,
+    known_family,
+    newest_software,
+    provenance_text,
+    say,
+    seen_rows,
+)
 from calibrate.statistics import ape_stats
-from moesim.hardware.cluster import Cluster
 from moesim.hardware.gpu import Gpu
-from moesim.network.exchange import ExchangeTerms, low_latency_terms, normal_terms
-from moesim.network.traffic import hit_fraction
-from moesim.work.ops import Combine, Dispatch, Exchange
+from moesim.hardware.profile import Family, Profile
 
-__all__ = [
-    "ExchangeRows", "exchange_families", "exchange_rows", "measured_exchange", "one_sided_families", "one_sided_rows",
-    "predict_exchange",
-]  # fmt: skip
+__all__ = ["TABLES", "fit_table", "predict_table"]
 
-Direction = Literal["dispatch", "combine"]
+TABLES = ("deepep",)
+ODD_NODES = f"only nodes of {GPUS_PER_NODE} GPUs have a model"
 
-
-def _reference_cluster(n_nodes: int) -> Cluster:
-    """Nodes of 8 Hopper GPUs with NVLink 4 and one 400 Gb/s NIC a GPU, as the measurements ran on."""
-    gpu = Gpu(
-        name="hopper-sxm", memory_bytes=80e9, hbm_bytes_per_s=3.35e12, flops_per_s={"bfloat16": 989.4e12},
-        n_sms=132, l2_bytes=50 * 2**20, clock_hz=1.98e9, nvlink_bytes_per_s=NVLINK, pcie_bytes_per_s=64e9,
-        usd_per_gpu_hour=0.0, sources={},
-    )  # fmt: skip
-    return Cluster(
-        gpu=gpu, nodes=n_nodes, gpus_per_node=8, scale_up_ranks=8, nic_bytes_per_s=NIC, usd_per_gpu_hour=0.0
-    )
-
-
-@cache
-def distinct_groups(n_nodes: int, n_experts: int, top_k: int, limit: int | None) -> tuple[float, float]:
-    """Expected different (nodes, ranks) of a token in DeepEP's tests.
-
-    Scores are |N(0, 1)| + 1; with a `limit`, only the experts of the `limit` nodes with the highest score
-    count. Exact where the limit does not bind, 20,000 draws of a fixed seed where it does.
-    """
-    n_ranks = 8 * n_nodes
-    if limit is None or limit >= n_nodes:
-        return (
-            n_nodes * hit_fraction(n_nodes, n_experts, top_k),
-            n_ranks * hit_fraction(n_ranks, n_experts, top_k),
-        )
-    scores = np.abs(np.random.default_rng(0).standard_normal((20_000, n_nodes, n_experts // n_nodes)))
-    best = np.argsort(-scores.max(axis=-1), axis=1)[:, :limit]
-    allowed = np.zeros(scores.shape[:2], dtype=bool)
-    np.put_along_axis(allowed, best, True, axis=1)
-    masked = np.where(allowed[:, :, None], scores, -1.0).reshape(len(scores), n_experts)
-    chosen = np.argpartition(-masked, top_k, axis=1)[:, :top_k]
-    hits = [np.zeros((len(scores), n), dtype=bool) for n in (n_nodes, n_ranks)]
-    for hit, n in zip(hits, (n_nodes, n_ranks), strict=True):
-        np.put_along_axis(hit, chosen // (n_experts // n), True, axis=1)
-    return float(hits[0].sum(1).mean()), float(hits[1].sum(1).mean())
-
-
-def measured_exchange(
-    n_tokens: Sequence[float] | FloatArray, *, hidden: int, top_k: int, n_experts: int, n_nodes: int,
-    kind: Literal["low-latency", "normal"], direction: Direction, n_sms: int = 0,
-) -> Exchange:  # fmt: skip
-    """Operator of a DeepEP test: (n_points, 1, 1) uniform tokens on every rank of nodes of 8.
-
-    Dispatch in fp8 (4 bytes of scale per 128 values; low latency adds a header of 16), combine in bf16.
-    """
-    tokens = np.asarray(n_tokens, dtype=float).reshape(-1, 1, 1)
-    n_ranks = 8 * n_nodes
-    if kind == "normal":
-        nodes, ranks = distinct_groups(n_nodes, n_experts, top_k, 4)
-        # A copy crosses NVLink unless its rank has the sender's (or forwarder's) own index in the node.
-        nvlink, nic = tokens * ranks * 7 / 8, tokens * nodes * (n_nodes - 1) / n_nodes
-    else:
-        nvlink = tokens * top_k * 7 / n_ranks
-        nic = tokens * top_k * (n_ranks - 8) / n_ranks
-    token_bytes = 2.0 * hidden if direction == "combine" else hidden * (1 + 4 / 128) + 16 * (kind != "normal")
-    operator = Combine if direction == "combine" else Dispatch
-    return operator(
-        n_tokens=tokens, sent_nvlink=nvlink, received_nvlink=nvlink, sent_nic=nic, received_nic=nic,
-        token_bytes=token_bytes, hidden=hidden, top_k=top_k, n_experts=n_experts, kind=kind, n_sms=n_sms,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class ExchangeRows:
-    """Measurements of one shape: one operator, its times."""
-
-    op: Exchange
-    n_nodes: int
-    key: tuple[int, int, int]
-    """(hidden, top_k, n_experts)."""
-    measured_s: FloatArray
-    cluster: Cluster = field(repr=False)
-    n_ranks: int = 8
-
-
-def exchange_rows(
-    rows: pd.DataFrame, kind: Literal["low-latency", "normal"], direction: Direction
-) -> list[ExchangeRows]:
-    """Group ``deepep.parquet`` rows of one kernel by shape, nodes and SMs."""
-    here = rows[(rows["implementation"] == f"deepep-{kind}") & (rows["op"] == f"ep_{direction}")]
-    here = here.assign(n_sms=here["n_sms"].fillna(0).astype(int))
-    found = []
-    for names, part in here.groupby(["hidden", "top_k", "n_experts", "n_nodes", "n_sms"]):
-        hidden, top_k, n_experts, n_nodes, n_sms = (int(name) for name in names)
-        op = measured_exchange(
-            part["n_tokens"].to_numpy(), hidden=hidden, top_k=top_k, n_experts=n_experts, n_nodes=n_nodes,
-            kind=kind, direction=direction, n_sms=n_sms,
-        )  # fmt: skip
-        key = (hidden, top_k, n_experts)
-        cluster, measured_s = _reference_cluster(n_nodes), part["latency_s"].to_numpy()
-        found.append(ExchangeRows(op, n_nodes, key, measured_s, cluster, 8 * n_nodes))
-    return found
-
-
-Terms = Callable[[Exchange, Mapping[str, float], Cluster, int, int], ExchangeTerms]
-
-
-def predict_exchange(
-    rows: Sequence[ExchangeRows], values: Mapping[str, float], terms: Terms | None = None
-) -> FloatArray:
-    """Times of all rows, shape after shape [s]; `terms` is the kernel's model, by default the operator's kind."""
-    models: dict[str, Terms] = {"low-latency": low_latency_terms, "normal": normal_terms}
-    return np.concatenate(
-        [
-            (terms or models[r.op.kind])(
-                r.op, values, r.cluster, r.n_ranks, min(r.n_ranks, r.cluster.scale_up_ranks)
-            )
-            .total_s()
-            .ravel()
-            for r in rows
-        ]
-    )
-
-
-def _measured(rows: Sequence[ExchangeRows]) -> FloatArray:
-    return np.concatenate([r.measured_s for r in rows])
-
-
-LOW_LATENCY_SPEC: Spec = {
+_LOW_LATENCY_NEAR: Spec = {
     "start_s": (7e-6, 1e-6, 3e-5, "fixed cost of a call [s]"),
     "expert_s": (1e-8, 1e-10, 1e-7, "more of it per expert of the layer: flags and counts [s]"),
     "token_s": (4e-7, 1e-9, 1e-5, "an SM's time per token [s]"),
@@ -154,9 +58,9 @@ LOW_LATENCY_SPEC: Spec = {
     "copy_byte_s": (1e-11, 1e-14, 1e-8, "the same per byte of each of the token's top_k copies [s/byte]"),
     "message_s": (5e-8, 1e-10, 1e-5, "a warp group's time per message that it receives [s]"),
     "message_byte_s": (2e-11, 1e-14, 1e-8, "the same per byte [s/byte]"),
-    "nvlink_rate_fraction": (0.7, 0.3, 1.0, RATE),
+    "nvlink_rate_fraction": (0.7, 0.3, 1.0, "share of the NVLink datasheet rate"),
 }
-NORMAL_SPEC: Spec = {
+_NORMAL_NEAR: Spec = {
     "start_s": (2.5e-5, 1e-6, 1e-4, "fixed cost of a call [s]"),
     "start_byte_s": (2e-10, 1e-12, 1e-8, "more of it per byte of a copy: the first one through [s/byte]"),
     "start_copy_byte_s": (1e-11, 1e-13, 1e-8, "the same for each copy of a token [s/byte]"),
@@ -166,17 +70,17 @@ NORMAL_SPEC: Spec = {
     "token_byte_s": (1e-11, 1e-13, 1e-9, "the same per byte of a copy [s/byte]"),
     "copy_s": (2e-8, 1e-10, 1e-6, "an SM's time per copy over NVLink [s]"),
     "copy_byte_s": (3e-11, 1e-12, 1e-9, "the same per byte [s/byte]"),
-    "nvlink_rate_fraction": (0.8, 0.3, 1.0, RATE),
+    "nvlink_rate_fraction": (0.8, 0.3, 1.0, "share of the NVLink datasheet rate"),
 }
 _FAR: Spec = {
     "far_start_s": (4e-6, 1e-7, 2e-4, "more fixed cost where NICs take part, beside one hop [s]"),
 }
-LOW_LATENCY_FAR_SPEC: Spec = {
+_LOW_LATENCY_FAR: Spec = {
     **_FAR,
     "far_peer_s": (2e-7, 1e-9, 5e-6, "the same for every rank behind a NIC [s]"),
     "nic_rate_fraction": (0.9, 0.3, 1.0, "share of the NIC's datasheet rate"),
 }
-NORMAL_FAR_SPEC: Spec = {
+_NORMAL_FAR: Spec = {
     **_FAR,
     "far_peer_s": (1e-6, 1e-8, 5e-5, "the same for every other node [s]"),
     # Held: two nodes are bound by SMs, so the rows tell only its product with the contention.
@@ -189,198 +93,213 @@ NORMAL_FAR_SPEC: Spec = {
     "far_sm_scale": (1.4, 0.5, 5.0, "SM time of the kernel that also forwards, over the one-node kernel's"),
     "nic_contention": (0.2, 1e-4, 2.0, "NIC time added by each node beyond two, on the measured fabric"),
 }
+_SPECS: Mapping[Kind, tuple[Spec, Spec]] = {
+    "low-latency": (_LOW_LATENCY_NEAR, _LOW_LATENCY_FAR),
+    "normal": (_NORMAL_NEAR, _NORMAL_FAR),
+}
+"""Parameters inside a node, and where NICs take part."""
 _NO_FAR = {
-    "far_start_s": 4e-6,
-    "far_peer_s": 1e-6,
-    "nic_rate_fraction": 0.9,
-    "far_sm_scale": 1.0,
-    "nic_contention": 0.0,
+    "far_start_s": (4e-6, "more fixed cost where NICs take part; assumed"),
+    "far_peer_s": (1e-6, "the same for every peer behind a NIC; assumed"),
+    "nic_rate_fraction": (0.9, "share of the NIC's datasheet rate; assumed"),
+    "far_sm_scale": (1.0, "SM time of the kernel that also forwards, over the one-node kernel's; assumed"),
 }
-_PCIE = (0.75, "share of the PCIe datasheet rate, where a box has no NVLink; assumed")
+_CONTENTION = "nic_contention"
+_NO_CONTENTION = (
+    0.0,
+    "NIC time added by each node beyond two: a fabric's own, none in DeepEP's published tables (8 nodes)",
+)
+_PCIE = ("pcie_rate_fraction", (0.75, "share of the PCIe datasheet rate, where a box has no NVLink; assumed"))
 
 
-def _fit_near(near: list[ExchangeRows], spec: Spec) -> tuple[LogFit, dict[str, Any]]:
-    """Fit on one node, and its error by shape."""
-
-    def fitted(rows: Sequence[ExchangeRows]) -> LogFit:
-        return solve(lambda v: predict_exchange(rows, {**_CONSTANT, **v}), _measured(rows), spec)
-
-    fit = fitted(near)
-    predicted, measured = [], []
-    for mask in grouped_folds(np.array([r.key for r in near]), FOLDS, 0):
-        unseen = [r for r, out in zip(near, mask, strict=True) if out]
-        seen = fitted([r for r, out in zip(near, mask, strict=True) if not out])
-        predicted.append(predict_exchange(unseen, {**_CONSTANT, **seen.values}))
-        measured.append(_measured(unseen))
-    split = f"{FOLDS}-fold by (hidden, top_k, n_experts)"
-    return fit, {"split": split, **ape_stats(np.concatenate(predicted), np.concatenate(measured))}
-
-
-_CONSTANT = {**_NO_FAR, "pcie_rate_fraction": _PCIE[0], "n_sms": 20.0}
-
-
-def _fit_far(
-    far: list[ExchangeRows], spec: Spec, near_values: Mapping[str, float], out: Callable[[ExchangeRows], bool]
-) -> tuple[LogFit, dict[str, Any]]:
-    """Fit across nodes, one node's values held; error on the rows that `out` names, seen by no fit."""
-    base = {**_CONSTANT, **near_values}
-
-    def fitted(rows: Sequence[ExchangeRows]) -> LogFit:
-        return solve(lambda v: predict_exchange(rows, {**base, **v}), _measured(rows), spec)
-
-    unseen = [r for r in far if out(r)]
-    part = fitted([r for r in far if not out(r)])
-    held = ape_stats(predict_exchange(unseen, {**base, **part.values}), _measured(unseen))
-    return fitted(far), held
-
-
-def exchange_families(
-    rows: pd.DataFrame, show: Callable[[str], None]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Families ``(ep_dispatch | ep_combine, deepep-*)`` of an H200 and of an H100."""
-    h200, h100 = [], []
-    kinds: tuple[tuple[Literal["low-latency", "normal"], Spec, Spec], ...] = (
-        ("low-latency", LOW_LATENCY_SPEC, LOW_LATENCY_FAR_SPEC),
-        ("normal", NORMAL_SPEC, NORMAL_FAR_SPEC),
-    )
-    for kind, near_spec, far_spec in kinds:
-        directions: tuple[Direction, ...] = ("dispatch", "combine")
-        for direction in directions:
-            every = exchange_rows(rows, kind, direction)
-            near, near_held = _fit_near([r for r in every if r.n_nodes == 1], near_spec)
-            far_rows = [r for r in every if r.n_nodes > 1]
-            split, out = _far_split(kind)
-            far, far_held = _fit_far(far_rows, far_spec, near.values, out)
-            name = f"{direction} {kind}"
-            far_predicted = predict_exchange(far_rows, {**_CONSTANT, **near.values, **far.values})
-            inside = ape_stats(far_predicted, _measured(far_rows))
-            show(f"{name}, one node: by shape {say(near_held)}")
-            show(f"{name}, 2 and 8 nodes: in {say(inside)}; {split} {say(far_held)}")
-            here, there = _pair(
-                kind, direction, near, far, near_spec, far_spec, near_held, {"split": split, **far_held}
-            )
-            h200.append(here)
-            h100.append(there)
-    return h200, h100
-
-
-def _far_split(kind: str) -> tuple[str, Callable[[ExchangeRows], bool]]:
-    if kind == "normal":
-        return "SM counts 8 and 20 held out", lambda r: r.op.n_sms in (8, 20)
-    return "288 experts held out", lambda r: r.op.n_experts == 288
-
-
-def _pair(
-    kind: str, direction: Direction, near: LogFit, far: LogFit, near_spec: Spec, far_spec: Spec,
-    near_held: Mapping[str, Any], far_held: Mapping[str, Any],
-) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """The same kernel as an H200 and as an H100 profile has it."""
-    spec = {**near_spec, **far_spec}
-    fit = LogFit({**near.values, **far.values}, {**near.stderr, **far.stderr}, 0.0, near.n_rows)
+def _constants(kind: Kind) -> dict[str, tuple[float, str]]:
     taken = (20.0 if kind == "normal" else 0.0, "SMs kept from compute: the library's default, or none")
-    constants = {"n_sms": taken, "pcie_rate_fraction": _PCIE}
-    if kind != "normal":
-        constants["nic_contention"] = (0.0, "NIC time added by each node beyond two: none seen")
-    arguments = (f"ep_{direction}", f"deepep-{kind}", fit, spec)
-    one_node = "sglang 0.5.12, one node of 8 H200"
-    nodes = "sglang 0.5.6.post2, 2 and 8 nodes of 8 H100"
-    here = family_entry(
-        *arguments, f"{one_node}; what NICs take part in carried over from {nodes}", near_held, constants
-    )
-    there = family_entry(
-        *arguments, f"{nodes}; what happens inside a node carried over from {one_node}", far_held, constants
-    )
-    there["provenance"]["n_points"] = far.n_rows
-    if kind == "normal":
-        # The 8-node fabric carried a third of its NICs' rate where DeepEP's own tables show none of that.
-        here["parameters"]["nic_contention"] = {
-            "value": 0.0,
-            "meaning": "NIC time added by each node beyond two: none in DeepEP's published tables (8 nodes)",
-        }
-    return here, there
+    return {"n_sms": taken, _PCIE[0]: _PCIE[1]}
 
 
-ONE_SIDED_SPEC: Spec = {
-    "start_s": (1.3e-5, 1e-6, 1e-4, "fixed cost of a call [s]"),
-    "token_s": (5e-6, 1e-7, 1e-4, "an SM's time per token [s]"),
-    "nvlink_rate_fraction": (0.8, 0.3, 1.0, RATE),
-}
+@dataclass(frozen=True)
+class _Level:
+    """Parameters of one level (a node, or between nodes): fitted here, or taken from another profile."""
+
+    values: dict[str, float]
+    entries: dict[str, dict[str, Any]]
+    """As a profile has them."""
+    words: str
+    """Where they are from."""
+    n_rows: int = 0
+    error: dict[str, Any] | None = None
 
 
-def one_sided_rows(facts: pd.DataFrame, direction: Direction) -> list[ExchangeRows]:
-    """Published batch sweeps of one-sided kernels on GB200 NVL72 (case A05), one entry per group size.
+def fit_table(
+    rows: pd.DataFrame, *, gpu: Gpu, base: Profile | None, note: Note, source: str = ""
+) -> list[dict[str, Any]]:
+    """Families ``(ep_dispatch | ep_combine, deepep-*)`` of one device.
 
-    bfloat16 both ways; the router of that benchmark gives every token min(ep, top_k) different ranks.
+    Parameters
+    ----------
+    rows, gpu, note, source
+        As in `calibrate.fit.gemm.fit_table`.
+    base
+        What this device's rows do not show is taken from it: nodes from one that was measured across nodes,
+        a node's inside from one that was measured there. Contention between NICs is never taken: it is a
+        fabric's own.
     """
-    sweep = [json.loads(text) for text in facts.loc[facts["case"] == "A05", "config_json"]]
-    latency_s = 1e-6 * facts.loc[facts["case"] == "A05", "value"].astype(float).to_numpy()
     found = []
-    for ep in sorted({row["ep"] for row in sweep}):
-        here = [i for i, row in enumerate(sweep) if row["ep"] == ep and row["op"] == direction]
-        tokens = np.array([sweep[i]["batch_per_rank"] for i in here], dtype=float).reshape(-1, 1, 1)
-        shape = sweep[here[0]]
-        copies = tokens * min(ep, shape["topk"]) * (ep - 1) / ep
-        none = np.zeros_like(tokens)
-        op = (Combine if direction == "combine" else Dispatch)(
-            n_tokens=tokens, sent_nvlink=copies, received_nvlink=copies, sent_nic=none, received_nic=none,
-            token_bytes=2.0 * shape["hidden"], hidden=shape["hidden"], top_k=shape["topk"],
-            n_experts=shape["experts"], kind="normal",
-        )  # fmt: skip
-        key = (shape["hidden"], shape["topk"], shape["experts"])
-        found.append(ExchangeRows(op, 1, key, latency_s[here], _large_domain(), n_ranks=ep))
+    odd = int((rows["n_ranks"] != GPUS_PER_NODE * rows["n_nodes"]).sum())
+    if odd:
+        note(f"exchange: {odd} rows not fitted: {ODD_NODES}")
+        rows = rows[rows["n_ranks"] == GPUS_PER_NODE * rows["n_nodes"]]
+    for kind in KINDS:
+        for direction in DIRECTIONS:
+            here = rows[(rows["implementation"] == f"deepep-{kind}") & (rows["op"] == f"ep_{direction}")]
+            if here.empty:
+                continue
+            if gpu.nvlink_bytes_per_s == 0:
+                note(f"{direction} {kind}: {len(here)} rows not fitted: {gpu.name} has no NVLink")
+                continue
+            known = known_family(base, (f"ep_{direction}", f"deepep-{kind}", "any"))
+            found.append(_family(here, kind, direction, gpu, base, known, note, source))
+    strange = rows[~rows["implementation"].isin([f"deepep-{kind}" for kind in KINDS])]
+    for name, part in strange.groupby("implementation"):
+        note(f"exchange {name}: {len(part)} rows not fitted: no model of this library")
     return found
 
 
-def _large_domain() -> Cluster:
-    cluster = _reference_cluster(18)
-    gpu = cluster.gpu.model_copy(update={"nvlink_bytes_per_s": 900e9, "n_sms": 152})
-    return cluster.model_copy(update={"gpu": gpu, "gpus_per_node": 4, "scale_up_ranks": 72})
-
-
-def _one_sided_terms(
-    op: Exchange, values: Mapping[str, float], cluster: Cluster, n_ranks: int, per_domain: int
-) -> ExchangeTerms:
-    return low_latency_terms(op, values, cluster, n_ranks, per_domain, copies_per_rank=True)
-
-
-def _predict_one_sided(
-    rows: Sequence[ExchangeRows], base: Mapping[str, float], values: Mapping[str, float]
-) -> FloatArray:
-    return predict_exchange(rows, {**base, **values}, _one_sided_terms)
-
-
-def one_sided_families(facts: pd.DataFrame, show: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Families ``(ep_dispatch | ep_combine, one-sided)``: fitted on 8 ranks, shown on 32."""
-    names = [*LOW_LATENCY_SPEC, "far_start_s", "far_peer_s", "nic_contention"]
-    unused = {
-        name: (0.0, "not in these kernels, or not measured") for name in names if name not in ONE_SIDED_SPEC
+def _family(
+    rows: pd.DataFrame,
+    kind: Kind,
+    direction: Direction,
+    gpu: Gpu,
+    base: Profile | None,
+    known: Family | None,
+    note: Note,
+    source: str,
+) -> dict[str, Any]:
+    near_spec, far_spec = _SPECS[kind]
+    owner = base.device if base is not None else ""
+    near_rows, far_rows = rows[rows["n_nodes"] == 1], rows[rows["n_nodes"] > 1]
+    constants = _constants(kind)
+    given = {
+        name: value for name, (value, _) in {**_NO_FAR, _CONTENTION: _NO_CONTENTION, **constants}.items()
     }
-    constants = {
-        **unused,
-        "nic_rate_fraction": (0.97, "share of the NIC's datasheet rate: 48.5 of 50 GB/s (NVIDIA, CX7)"),
-        "pcie_rate_fraction": _PCIE,
-        "n_sms": (0.0, "SMs kept from compute: none"),
-    }
-    base = {name: value for name, (value, _) in constants.items()}
-    families = []
-    directions: tuple[Direction, ...] = ("dispatch", "combine")
-    for direction in directions:
-        rows = one_sided_rows(facts, direction)
-        eight, more = ([r for r in rows if (r.n_ranks == 8) is wanted] for wanted in (True, False))
-        fit = solve(partial(_predict_one_sided, eight, base), _measured(eight), ONE_SIDED_SPEC)
-        inside = ape_stats(_predict_one_sided(eight, base, fit.values), _measured(eight))
-        held = ape_stats(_predict_one_sided(more, base, fit.values), _measured(more))
-        show(f"{direction} one-sided: in {say(inside)}; 32 ranks from 8 {say(held)}")
-        family = family_entry(
-            f"ep_{direction}",
-            "one-sided",
-            fit,
-            ONE_SIDED_SPEC,
-            "",
-            {"split": "32 ranks from 8", **held},
-            constants,
-        )
-        data = "published: TensorRT-LLM NVLinkOneSided on GB200 NVL72, 8 ranks (published_facts A05)"
-        family["provenance"]["data"] = data
-        families.append(family)
-    return families
+
+    def level(part: pd.DataFrame, spec: Spec, start: Values, groups: str) -> _Level:
+        part = newest_software(part, note) if len(part) else part
+        seen = seen_rows(part)
+        if not seen.any():
+            return _taken(spec, known, owner)
+        lists = tuple(exchange_rows(part[mask], kind, direction, gpu) for mask in (seen, ~seen))
+        near_to = (known, known is not None and is_blind(known, part))
+        return _fitted(lists, spec, {**given, **start}, near_to, groups, provenance_text(part, source))
+
+    near = level(near_rows, near_spec, {}, "shape")
+    far = level(far_rows, far_spec, near.values, "kernel")
+    fitted, taken = [one for one in (near, far) if one.n_rows], [one for one in (near, far) if not one.n_rows]
+    parameters = {**near.entries, **far.entries}
+    for name, (value, meaning) in ({_CONTENTION: _NO_CONTENTION} | constants).items():
+        parameters.setdefault(name, {"value": value, "meaning": meaning})
+    error = next((one.error for one in reversed(fitted) if one.error is not None), None)
+    note(f"{direction} {kind}: {len(rows)} rows" + (f", held out {say(error)}" if error else ""))
+    entry: dict[str, Any] = {
+        "op": f"ep_{direction}", "implementation": f"deepep-{kind}", "dtype": "any", "parameters": parameters,
+        "provenance": {
+            "kind": "fitted", "data": "; ".join(one.words for one in [*fitted, *taken]),
+            "n_points": sum(one.n_rows for one in fitted),
+        },
+    }  # fmt: skip
+    return entry | ({"held_out": error} if error else {})
+
+
+def _taken(spec: Spec, known: Family | None, owner: str) -> _Level:
+    """A level that was not measured: another profile's, or assumed; never another fabric's contention."""
+    what = "between nodes" if "far_start_s" in spec else "inside a node"
+    if known is None or not set(spec) <= {*known.parameters, _CONTENTION}:
+        values = {name: _NO_FAR[name][0] if name in _NO_FAR else row[0] for name, row in spec.items()}
+        entries = {
+            name: {"value": value, "meaning": f"{spec[name][3]}; assumed"} for name, value in values.items()
+        }
+        words = f"{what}: assumed"
+    else:
+        kept = {name: known.parameters[name] for name in spec if name != _CONTENTION}
+        values = {name: one.value for name, one in kept.items()}
+        entries = {name: one.model_dump(exclude_none=True) for name, one in kept.items()}
+        words = f"{what}: carried over from the profile of {owner}"
+    if _CONTENTION in spec:
+        values[_CONTENTION] = _NO_CONTENTION[0]
+        entries[_CONTENTION] = {"value": values[_CONTENTION], "meaning": _NO_CONTENTION[1]}
+    return _Level(values, entries, words)
+
+
+def _fitted(
+    rows: tuple[list[ExchangeRows], ...],
+    spec: Spec,
+    given: Values,
+    near_to: tuple[Family | None, bool],
+    groups: str,
+    words: str,
+) -> _Level:
+    """A level's parameters, the other's `given`, from rows (seen, held out).
+
+    `near_to` is the family to stay near, and whether it is blind to these rows.
+    """
+    (seen, unseen), (known, blind) = rows, near_to
+    prior = {name: value for name, value in fitted_values(known).items() if name in spec}
+    fit = _solve(seen, spec, given, prior)
+    error: dict[str, Any] | None = None
+    if unseen:
+        predicted = predict_exchange(unseen, {**given, **fit.values})
+        error = {"split": MARKED, **ape_stats(predicted, measured_s(unseen))}
+    elif len({_group(row, groups) for row in seen}) > 1:
+        error = _fold_error(seen, spec, given, prior if blind else {}, groups)
+    entry = family_entry(Kernel("", "", "", spec), fit, "", fit.n_rows, None)["parameters"]
+    return _Level(fit.values, entry, words, fit.n_rows, error)
+
+
+def _solve(rows: Sequence[ExchangeRows], spec: Spec, given: Values, prior: Values) -> LogFit:
+    return fit_log_least_squares(
+        lambda values: predict_exchange(rows, {**given, **values}), measured_s(rows),
+        {name: prior.get(name, row[0]) for name, row in spec.items()},
+        {name: (row[1], row[2]) for name, row in spec.items()},
+        prior=prior, prior_weight=PRIOR_WEIGHT,
+        loss_scale=0.08, max_evaluations=80,
+    )  # fmt: skip
+
+
+def _group(row: ExchangeRows, groups: str) -> tuple[int, ...]:
+    return row.key if groups == "shape" else (*row.key, row.op.n_sms)
+
+
+def _fold_error(
+    rows: list[ExchangeRows], spec: Spec, given: Values, prior: Values, groups: str
+) -> dict[str, Any]:
+    predicted, measured = [], []
+    for mask in grouped_folds(np.array([_group(row, groups) for row in rows]), N_FOLDS, 0):
+        unseen = [row for row, out in zip(rows, mask, strict=True) if out]
+        values = _solve(
+            [row for row, out in zip(rows, mask, strict=True) if not out], spec, given, prior
+        ).values
+        predicted.append(predict_exchange(unseen, {**given, **values}))
+        measured.append(measured_s(unseen))
+    columns = "hidden, top_k, n_experts" + ("" if groups == "shape" else ", n_sms")
+    stats = ape_stats(np.concatenate(predicted), np.concatenate(measured))
+    return {"split": f"{N_FOLDS}-fold by ({columns})", **stats}
+
+
+def predict_table(rows: pd.DataFrame, *, gpu: Gpu, profile: Profile) -> Prediction:
+    """Times of measured exchanges of uniform tokens; NaN with a reason where there is no model."""
+    rows = rows.reset_index(drop=True)
+    time_s = np.full(len(rows), np.nan)
+    libraries = rows["implementation"].isin([f"deepep-{kind}" for kind in KINDS])
+    why: list[str | None] = [ODD_NODES if known else "no model of this library" for known in libraries]
+    for kind in KINDS:
+        for direction in DIRECTIONS:
+            key = (f"ep_{direction}", f"deepep-{kind}", "any")
+            known = known_family(profile, key)
+            for shape in exchange_rows(rows, kind, direction, gpu):
+                reason = None if known else f"the profile has no family {' '.join(key)}"
+                reason = f"{gpu.name} has no NVLink" if gpu.nvlink_bytes_per_s == 0 else reason
+                if known and reason is None:
+                    time_s[shape.places] = predict_exchange([shape], known.values())
+                for place in shape.places:
+                    why[place] = reason
+    return Prediction(time_s, why)

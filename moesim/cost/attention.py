@@ -18,10 +18,13 @@ __all__ = ["Heads", "attention_decode_s", "attention_prefill_s", "decode_kernel_
 _WARP_GROUP_ROWS = 64
 _NARROW_DIM = 96
 """Heads up to this wide are given taller tiles (flash-attention, hopper/tile_size.h)."""
+_FP8_STEPS = ((64, 160.0), (96, 128.0), (128, 224.0), (192, 160.0))
+"""Keys of one step over an fp8 cache by the widest head that has it, 128 above (the same file)."""
 _LATENT_DIM, _LATENT_V_DIM = 576, 512
 """DeepSeek-V3's cached latent, rotary part included, and the part of it that serves as values."""
-_WIDE_TOKEN_BYTES = 4096.0
-"""Fresh keys and values of one token at which ``append_fraction`` is the rate of storing them."""
+_BLOCK_TOKEN_BYTES = 2048.0
+"""Fresh keys and values of one token that a block of threads stores in one go: 512 elements of each (vLLM,
+``csrc/cache_kernels.cu``, ``reshape_and_cache_flash``: a block per token, of at most 512 threads)."""
 _FULL = 0.8
 _MIN_STEPS = 4
 """No split where tiles fill this share of the SMs or a sequence has no more steps (hopper/heuristics.h)."""
@@ -68,11 +71,16 @@ class Heads:
 
     @property
     def tile(self) -> tuple[FloatArray, FloatArray]:
-        """Query rows of one tile, as FlashAttention-3 picks them, and keys of one of its steps, rounded."""
-        narrow = np.asarray(self.head_dim) <= _NARROW_DIM
+        """Query rows of one tile, as FlashAttention-3 picks them, and keys of one of its steps."""
+        width = np.asarray(self.head_dim)
+        rows = np.where(width <= _NARROW_DIM, 192.0, 128.0)
         if self.latent:
             return np.asarray(64.0), np.asarray(64.0)
-        return np.where(narrow, 192.0, 128.0), np.where(np.asarray(self.head_dim) <= 128, 128.0, 96.0)
+        if self.kv_element_bytes == 1:
+            return rows, np.select(
+                [width <= widest for widest, _ in _FP8_STEPS], [n for _, n in _FP8_STEPS], 128.0
+            )
+        return rows, np.where(width <= 128, 128.0, 96.0)
 
     @property
     def key_bytes(self) -> FloatArray:
@@ -255,9 +263,9 @@ def decode_kernel_s(
     floor = 2.0 * batch * heads.n_heads * keys * heads.dims / gpu.peak_flops_per_s("bfloat16")
     floor = np.maximum(floor, memory_s * params["hbm_fraction"])
     windowed_s = np.where(keys < n_context, params.get("window_s", 0.0), 0.0)
-    kernel_s = (
-        params["launch_s"] + best + windowed_s + _around_s(batch, batch * n_context, heads, gpu, params)
-    )
+    listed_s = batch * params.get("sequence_s", 0.0)
+    around_s = listed_s + _around_s(batch, batch * n_context, heads, gpu, params)
+    kernel_s = params["launch_s"] + best + windowed_s + around_s
     return np.asarray(np.maximum(kernel_s, floor))
 
 
@@ -265,8 +273,11 @@ def _around_s(
     tokens: FloatArray, cached: FloatArray, heads: Heads, gpu: Gpu, params: Mapping[str, float]
 ) -> FloatArray:
     """Kernels around the products [s]: storing fresh keys and values, casting queries, widening the cache."""
-    fresh_bytes = _WIDE_TOKEN_BYTES * (heads.fresh_bytes / _WIDE_TOKEN_BYTES) ** params["append_power"]
-    seconds = tokens * fresh_bytes / (params["append_fraction"] * gpu.hbm_bytes_per_s)
+    first_bytes = np.minimum(heads.fresh_bytes, _BLOCK_TOKEN_BYTES)
+    further_bytes = heads.fresh_bytes - first_bytes
+    further_fraction = params.get("append_wide_fraction", params["append_fraction"])
+    stored = first_bytes / params["append_fraction"] + further_bytes / further_fraction
+    seconds = tokens * stored / gpu.hbm_bytes_per_s
     if "cast_fraction" in params:
         query_bytes = _OUTPUT_BYTES * np.asarray(heads.n_heads) * heads.head_dim
         seconds = seconds + tokens * query_bytes / (params["cast_fraction"] * gpu.hbm_bytes_per_s)

@@ -25,7 +25,11 @@ _OUTPUT_BYTES = 2.0
 _PARTIAL_BYTES = 4.0
 _ACTIVATION_BYTES = {"fp8": 1.0, "fp8_block": 1.0 + 4 / 128}
 """Bytes per quantised activation; fp8_block adds one float32 scale per 128. Others multiply in bfloat16."""
-_HOST_POWER = 8.0
+_CAST_STEP = 2048
+"""Elements of a row that one block of the casting kernel reads at a time."""
+_SCALES_ALIGNED = 4
+"""Rows whose float32 scales fill the 16 bytes that a bulk copy needs."""
+_HOST_POWER = 4.0
 """A call takes the longer of host and kernel, with a small rounding where they meet."""
 _MANY_ROWS = 2048
 """Arrays of rows longer than this are priced once per distinct value."""
@@ -66,15 +70,21 @@ def _product_s(
     m: FloatArray, op: DenseGemm, gpu: Gpu, params: Mapping[str, float], in_graph: bool
 ) -> FloatArray:
     kernel_s = gemm_kernel_s(m, op.n, op.k, gpu=gpu, params=params, dtype=op.dtype, n_products=op.batched)
-    return np.where(m > 0, launched_s(kernel_s, params, in_graph=in_graph), 0.0)
+    return np.where(m > 0, launched_s(m, kernel_s, params, in_graph=in_graph), 0.0)
 
 
-def launched_s(kernel_s: FloatArray, params: Mapping[str, float], *, in_graph: bool) -> FloatArray:
-    """Time between two calls of a kernel [s]: the host's time where it is longer and not in a CUDA graph."""
+def launched_s(
+    m: FloatArray, kernel_s: FloatArray, params: Mapping[str, float], *, in_graph: bool
+) -> FloatArray:
+    """Time between two calls of a kernel [s]: the host's time where it is longer and not in a CUDA graph.
+
+    Rows whose scales do not fill 16 bytes (not a multiple of 4) are padded first by a call of their own.
+    """
     host_s = params.get("host_s", 0.0)
     if in_graph or host_s <= 0:
         return kernel_s
-    return np.asarray(_overlapped(kernel_s, np.asarray(host_s), {"overlap_power": _HOST_POWER}))
+    waited_s = host_s + np.where(m % _SCALES_ALIGNED == 0, 0.0, params.get("host_pad_s", 0.0))
+    return np.asarray(_overlapped(kernel_s, waited_s, {"overlap_power": _HOST_POWER}))
 
 
 def gemm_floor_s(
@@ -184,6 +194,36 @@ def _tiled_s(
     return np.asarray(total)
 
 
+class _Rung(NamedTuple):
+    """One kernel of a ladder, and the most rows and columns that it serves."""
+
+    most_rows: float
+    most_columns: float
+    tile_rows: int
+    tile_columns: int
+    cluster: int
+    """Tiles along the rows that run together and load each tile of weights once."""
+    step: int
+    """Elements of the reduction dimension per pipeline stage."""
+    rate: str
+    """Parameter that says how near to the matrix peak it runs."""
+
+
+_LADDER = (
+    _Rung(16, 1280, 16, 64, 2, 256, "slim_fraction"),
+    _Rung(16, np.inf, 16, 64, 1, 256, "slim_fraction"),
+    _Rung(64, 1280, 16, 64, 4, 256, "slim_fraction"),
+    _Rung(64, np.inf, 64, 64, 1, 256, "narrow_fraction"),
+    _Rung(128, np.inf, 64, 128, 2, 128, "compute_fraction"),
+    _Rung(np.inf, np.inf, 128, 128, 2, 128, "compute_fraction"),
+)
+"""vLLM's CUTLASS fp8 kernels for Hopper (``csrc/quantization/w8a8/cutlass/c3x/scaled_mm_sm90_fp8_dispatch.cuh``
+@68f442eb), the first that serves a shape: up to 64 rows weights and activations change places, above that two warp
+groups take turns (ping-pong), so that one stores its tile while the other multiplies."""
+_PING_PONG = 64
+"""Rows above which they do."""
+
+
 def _ladder_s(
     m: FloatArray,
     n: FloatArray | float,
@@ -194,19 +234,36 @@ def _ladder_s(
     dtype: str,
     n_products: int,
 ) -> FloatArray:
-    """Waves of tiles against memory where the number of rows alone picks the kernel.
+    """Time of the kernel that the library's ladder picks.
 
-    References
-    ----------
-    vLLM, ``csrc/quantization/w8a8/cutlass/c3x/scaled_mm_sm90_fp8_dispatch.cuh``: steps at 16, 64, 128 rows.
+    Notes
+    -----
+    Tiles run in whole waves. Beside them the level-2 cache serves every tile's loads; rows of a tile that lie beyond
+    the matrix are not free there: they cost ``missing_ratio`` times what rows that exist do (129 rows of 65,536
+    columns take 1.7 times as long as 256).
     """
-    rows = np.select([m <= 16, m <= 64], [16.0, 64.0], 128.0)
-    columns = np.where(m <= 128, 64.0, 128.0)
-    cluster_rows = np.where(m <= 128, rows, 256.0)
-    row_tiles = np.ceil(m / cluster_rows) * cluster_rows / rows
-    waves = n_products * row_tiles * np.ceil(n / columns) / gpu.n_sms
-    tile_s = _tile_s(k, _Choice(rows, columns, 1), gpu, params, dtype)
-    return _overlapped(_rounded_waves(waves, params) * tile_s, memory_s, params)
+    serves = [(m <= rung.most_rows) & (np.asarray(n) <= rung.most_columns) for rung in _LADDER]
+    rows, columns, cluster, step = (
+        np.select(serves, [getattr(rung, name) for rung in _LADDER]).astype(np.float64)
+        for name in ("tile_rows", "tile_columns", "cluster", "step")
+    )
+    fraction = np.select(serves, [params[rung.rate] for rung in _LADDER])
+    clusters, across = np.ceil(m / (rows * cluster)), np.ceil(n / columns)
+    length = np.ceil(np.asarray(k) / step) * step
+    waves = n_products * clusters * cluster * across / gpu.n_sms
+    multiply_s = 2.0 * rows * columns * length * gpu.n_sms / (fraction * gpu.peak_flops_per_s(dtype))
+    taking_turns = m > _PING_PONG
+    busy_s = np.where(
+        taking_turns,
+        _rounded_waves(waves, params) * multiply_s + params["fill_s"],
+        np.ceil(waves) * (multiply_s + params["tile_s"]),
+    )
+    loaded_rows = clusters * cluster * rows
+    missing = (params["missing_ratio"] - 1) * (loaded_rows - m)
+    loaded = across * (loaded_rows + missing + clusters * columns) * length
+    loaded_bytes = n_products * loaded * _ACTIVATION_BYTES.get(dtype, 2.0)
+    load_s = loaded_bytes / (params["l2_ratio"] * gpu.hbm_bytes_per_s)
+    return _overlapped(busy_s, np.maximum(load_s, memory_s), params)
 
 
 def _rounded_waves(waves: FloatArray, params: Mapping[str, float]) -> FloatArray:
@@ -237,8 +294,15 @@ def _overlapped(busy_s: FloatArray, memory_s: FloatArray, params: Mapping[str, f
 def _quantise_s(
     m: FloatArray, k: FloatArray | float, gpu: Gpu, params: Mapping[str, float]
 ) -> FloatArray | float:
-    """Casting bf16 activations before an fp8 product: its own kernel, a block of threads per row."""
+    """Casting bf16 activations before an fp8 product: its own kernel, a block of threads per row.
+
+    A block walks its row in steps of 2,048 elements (256 threads of 8).
+    """
     if "quantise_s" not in params:
         return 0.0
-    moved_s = 3.0 * m * k / (params["hbm_fraction"] * gpu.hbm_bytes_per_s)
-    return params["quantise_s"] + np.maximum(m * params["quantise_row_s"], moved_s)
+    fraction = params.get("quantise_fraction", params["hbm_fraction"])
+    moved_s = 3.0 * m * k / (fraction * gpu.hbm_bytes_per_s)
+    steps = np.ceil(np.asarray(k) / _CAST_STEP)
+    row_s = params["quantise_row_s"] + steps * params.get("quantise_step_s", 0.0)
+    alone_s = params["quantise_s"] + steps * params.get("quantise_lag_s", 0.0)
+    return np.asarray(alone_s + np.maximum(m * row_s, moved_s))

@@ -3,7 +3,7 @@
 A collective on one node is the cheapest of a few protocols, each a straight line in the bytes that a rank
 puts on its link::
 
-    line = latency_s + step_s * (n - 1) + wire_bytes / (rate_fraction * (1 - rate_loss / n) * link)
+    line = latency_s + step_s * (n - 1) + (wire_bytes - free_bytes) / (rate_fraction * (1 - rate_loss / n) * link)
     time = smooth minimum of the lines, never below wire_bytes / link
 
 Bytes follow nccl-tests; equations, parameters and errors: docs/fits/collectives.md.
@@ -79,7 +79,8 @@ def nccl_curve_s(
 def _line_s(name: str, wire: FloatArray, n_ranks: int, link_bytes_per_s: float, values: Values) -> FloatArray:
     latency_s = values[f"{name}_latency_s"] + values[f"{name}_step_s"] * (n_ranks - 1)
     fraction = values[f"{name}_rate_fraction"] * (1 - values[f"{name}_rate_loss"] / n_ranks)
-    return np.asarray(latency_s + wire / (fraction * link_bytes_per_s))
+    paid = np.maximum(wire - values.get(f"{name}_free_bytes", 0.0), 0.0)
+    return np.asarray(latency_s + paid / (fraction * link_bytes_per_s))
 
 
 def custom_all_reduce_s(

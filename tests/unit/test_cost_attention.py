@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from calibrate.fit.gemm import PEAKS
 from moesim.cost.attention import Heads, attention_decode_s, attention_prefill_s
+from moesim.hardware.catalog import load_gpu
 from moesim.hardware.profile import load_profile
 from moesim.work.ops import AttentionDecode, AttentionPrefill
 
-GPU = PEAKS["h200-sxm"]
+GPU = load_gpu("h200-sxm")
 PROFILE = load_profile("h200-sxm")
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from calibrate.fit.gemm import PEAKS
 from moesim.cost.gemm import dense_gemm_s
 from moesim.cost.router import router_s
+from moesim.hardware.catalog import load_gpu
 from moesim.hardware.profile import load_profile
 from moesim.work.ops import DenseGemm, Router
 
-GPU = PEAKS["h200-sxm"]
+GPU = load_gpu("h200-sxm")
 PROFILE = load_profile("h200-sxm")
 GATE = PROFILE.family("gemm", "torch-cublas", "bfloat16").values()
 PARAMS = PROFILE.family("router", "fused-topk").values()
