@@ -1,0 +1,1 @@
+"""Measure one GPU: which points, in which order, timed how, written where."""
