@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -13,11 +12,11 @@ from numpy.typing import NDArray
 
 from calibrate.fit.common import FloatArray
 from calibrate.fit.family import Values
+from calibrate.token_groups import distinct_groups
 from moesim.hardware.catalog import list_clusters
 from moesim.hardware.cluster import Cluster
 from moesim.hardware.gpu import Gpu
 from moesim.network.exchange import ExchangeTerms, low_latency_terms, normal_terms
-from moesim.network.traffic import hit_fraction
 from moesim.work.ops import Combine, Dispatch, Exchange
 
 __all__ = [
@@ -41,31 +40,6 @@ def reference_cluster(gpu: Gpu, n_nodes: int) -> Cluster:
         gpu=gpu, nodes=n_nodes, gpus_per_node=GPUS_PER_NODE, scale_up_ranks=GPUS_PER_NODE,
         nic_bytes_per_s=nics[0] if nics else NIC_BYTES_PER_S, usd_per_gpu_hour=0.0,
     )  # fmt: skip
-
-
-@cache
-def distinct_groups(n_nodes: int, n_experts: int, top_k: int, limit: int | None) -> tuple[float, float]:
-    """Expected different (nodes, ranks) of a token in DeepEP's tests.
-
-    Scores are |N(0, 1)| + 1; with a `limit`, only the experts of the `limit` nodes with the highest score
-    count. Exact where the limit does not bind, 20,000 draws of a fixed seed where it does.
-    """
-    n_ranks = 8 * n_nodes
-    if limit is None or limit >= n_nodes:
-        return (
-            n_nodes * hit_fraction(n_nodes, n_experts, top_k),
-            n_ranks * hit_fraction(n_ranks, n_experts, top_k),
-        )
-    scores = np.abs(np.random.default_rng(0).standard_normal((20_000, n_nodes, n_experts // n_nodes)))
-    best = np.argsort(-scores.max(axis=-1), axis=1)[:, :limit]
-    allowed = np.zeros(scores.shape[:2], dtype=bool)
-    np.put_along_axis(allowed, best, True, axis=1)
-    masked = np.where(allowed[:, :, None], scores, -1.0).reshape(len(scores), n_experts)
-    chosen = np.argpartition(-masked, top_k, axis=1)[:, :top_k]
-    hits = [np.zeros((len(scores), n), dtype=bool) for n in (n_nodes, n_ranks)]
-    for hit, n in zip(hits, (n_nodes, n_ranks), strict=True):
-        np.put_along_axis(hit, chosen // (n_experts // n), True, axis=1)
-    return float(hits[0].sum(1).mean()), float(hits[1].sum(1).mean())
 
 
 def measured_exchange(

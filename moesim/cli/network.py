@@ -14,16 +14,19 @@ from moesim.report.topology_page import network_rows
 
 __all__ = ["network"]
 
+NEXT_KIND = 6
+"""Column that a terminal has no room for; the page has it."""
+
 
 def network(told: Mapping[str, Any]) -> None:
     """One layer's collectives."""
     dispatch, cluster = told["dispatch"], told["cluster"]
     layer = "" if told["layer"] is None else f", layer {told['layer']}"
     title = f"{told['model']} on {cluster['n_gpus']} {cluster['gpu']}, {told['phase']}{layer}"
-    head, *rows = network_rows(told)
+    head, *rows = [[cell for at, cell in enumerate(row) if at != NEXT_KIND] for row in network_rows(told)]
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in head:
-        table.add_column(name, justify="right" if name in ("time", "by ports") else "left")
+        table.add_column(name, justify="right" if name in ("time", "by ports") else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     said = [

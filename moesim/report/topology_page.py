@@ -27,7 +27,9 @@ LEVELS = {"core": -3.2, "spine": -2.4, "rail": -1.6, "nic": -0.8, "host": -0.35,
 """Height of each class of device."""
 LEAST_GAIN = 0.005
 """Gains below it are not told."""
-LINK = re.compile(r"(?:node(\d+)|pod(\d+)|gpu(\d+))(?:\.(nvlink|pcie|nic|rail|leaf)(\d*))?\.(?:(in|out)|to(\d+))$")
+LINK = re.compile(
+    r"(?:node(\d+)|pod(\d+)|gpu(\d+))(?:\.(nvlink|pcie|nic|rail|leaf)(\d*))?\.(?:(in|out)|to(\d+))$"
+)
 Point = tuple[float, float]
 
 
@@ -83,12 +85,17 @@ class _Places:
         if gpu is not None:
             rank = int(gpu)
             if peer is not None:
-                return self.gpu(rank), self.gpu(rank // self.cluster.scale_up_ranks * self.cluster.scale_up_ranks + int(peer))
+                return self.gpu(rank), self.gpu(
+                    rank // self.cluster.scale_up_ranks * self.cluster.scale_up_ranks + int(peer)
+                )
             return self.gpu(rank), self.domain(rank) if kind == "nvlink" else self.gpu(rank, "host")
         if pod is not None:
             if kind == "rail":
                 return self.rail(int(pod), int(number)), self.pod_middle(int(pod), "spine")
-            return self.pod_middle(int(pod), "spine"), (self.gpu(self.cluster.n_gpus - 1)[0] / 2, LEVELS["core"])
+            return self.pod_middle(int(pod), "spine"), (
+                self.gpu(self.cluster.n_gpus - 1)[0] / 2,
+                LEVELS["core"],
+            )
         return self._of_node(int(node), kind, int(number or 0))
 
     def _of_node(self, node: int, kind: str, number: int) -> tuple[Point, Point]:
@@ -111,8 +118,10 @@ def topology_figure(played: Played) -> Figure:
     at: list[Point] = []
     for number, name in enumerate(topology.names):
         (x0, y0), (x1, y1) = places.ends(name)
-        side = 0.09 if name.endswith((".in",)) else -0.09
-        bow = 0.25 if y0 == y1 else 0.0  # a cable between neighbours would lie under the GPUs
+        side = 0.09 if name.endswith(".in") or (x1 < x0 and not name.endswith(".out")) else -0.09
+        bow = (
+            0.2 + 0.08 * abs(x1 - x0) if y0 == y1 else 0.0
+        )  # cables between GPUs would lie under one another
         middle = ((x0 + x1) / 2 + side, (y0 + y1) / 2 + bow)
         lines[shade[number]]["x"] += [x0 + side, middle[0], x1 + side, None]
         lines[shade[number]]["y"] += [y0, middle[1], y1, None]
@@ -121,7 +130,12 @@ def topology_figure(played: Played) -> Figure:
     data += [_marks(played, at, busy), _gpus(places)]
     layout = base_layout(430, "", hovermode="closest", showlegend=False)
     for axis in ("xaxis", "yaxis"):
-        layout[axis] |= {"showgrid": False, "showticklabels": False, "ticks": "", "linecolor": "rgba(0,0,0,0)"}
+        layout[axis] |= {
+            "showgrid": False,
+            "showticklabels": False,
+            "ticks": "",
+            "linecolor": "rgba(0,0,0,0)",
+        }
     return {"data": data, "layout": layout}
 
 
@@ -132,7 +146,8 @@ def _color(step: int) -> str:
         if at <= high:
             part = (at - low) / (high - low)
             mixed = [
-                round(int(first[i : i + 2], 16) * (1 - part) + int(last[i : i + 2], 16) * part) for i in (1, 3, 5)
+                round(int(first[i : i + 2], 16) * (1 - part) + int(last[i : i + 2], 16) * part)
+                for i in (1, 3, 5)
             ]
             return "#{:02x}{:02x}{:02x}".format(*mixed)
     return palette.SCALE[-1][1]
@@ -233,7 +248,9 @@ def write_network_report(
     dispatch, cluster = told["dispatch"], told["cluster"]
     where = f"{cluster['n_gpus']} {cluster['gpu']} on {cluster['nodes']} nodes"
     named = f"{told['model']} on {where}, {told['phase']}"
-    page.add(f'<header><p class="eyebrow">Network: {escape(named)}</p><h1>{escape(_answer(told))}</h1></header><main>')
+    page.add(
+        f'<header><p class="eyebrow">Network: {escape(named)}</p><h1>{escape(_answer(told))}</h1></header><main>'
+    )
     page.add(
         f"<section><h2>Collectives of one layer</h2><p class='note'>{escape(dispatch['library'])}: "
         f"{escape(dispatch['why'])}. {told['tokens_per_rank']:,.0f} tokens a rank; {escape(str(told['routing']))}.</p>"
@@ -241,7 +258,9 @@ def write_network_report(
     )
     for title, played, pairs in views:
         page.add(f"<section><h2>Links: {escape(title)}</h2>")
-        page.add("<p class='note'>NVLink switches above the GPUs, NICs, rails and spine below; out left, in right.</p>")
+        page.add(
+            "<p class='note'>NVLink switches above the GPUs, NICs, rails and spine below; out left, in right.</p>"
+        )
         page.figure(topology_figure(played), f"Links of the cluster by how busy they are during {title}")
         if pairs is not None:
             page.add("<h3>Bytes from rank to rank</h3>")
@@ -254,7 +273,9 @@ def write_network_report(
 
 def _answer(told: Record) -> str:
     """The sentence that the page is made for."""
-    row = next((one for one in told["collectives"] if one["routing"].startswith("as routed")), told["collectives"][0])
+    row = next(
+        (one for one in told["collectives"] if one["routing"].startswith("as routed")), told["collectives"][0]
+    )
     said = f"{row['collective'].capitalize()} takes {format_seconds(row['time_s'])}, bound by {row['bound']}"
     if row["gain"]:
         kind, gain = max(row["gain"].items(), key=lambda pair: pair[1])

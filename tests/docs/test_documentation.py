@@ -162,6 +162,7 @@ def test_there_is_something_to_check() -> None:
         "plan",
         "run",
         "explain",
+        "network",
         "trace",
         "list",
         "schema",
