@@ -231,7 +231,7 @@ class Pricer:
             case ExpertFfn():
                 # the host runs ahead of the GPU in a step, so what a lone call waits for it is not paid
                 own = ExpertFfnParameters.from_values({**params, "host_s": 0.0})
-                return expert_ffn_s(op, gpu=gpu, params=own)
+                return expert_ffn_s(op, gpu=gpu, params=own, implementation=families[0].implementation)
             case AttentionPrefill():
                 return attention_prefill_s(op, gpu=gpu, params=params)
             case AttentionDecode():
