@@ -28,12 +28,14 @@ from calibrate.fit.family import (
     seen_rows,
 )
 from calibrate.fit.moe_rows import MeasuredRows, Priced, sample_rows
+from calibrate.loads import TRACE
 from calibrate.statistics import ape_stats
 from moesim.cost.expert_ffn import ExpertFfnParameters
 from moesim.cost.moe_tiles import tile_library
 from moesim.errors import HardwareError
 from moesim.hardware.gpu import Gpu, weight_bytes_per_element
 from moesim.hardware.profile import Profile
+from moesim.routing.catalog import catalog_names
 
 __all__ = ["NAMES", "TABLES", "fit_table", "predict_table", "usable_rows"]
 
@@ -184,6 +186,8 @@ def predict_table(rows: pd.DataFrame, *, gpu: Gpu, profile: Profile) -> Predicti
             raise KeyError(sorted(missing)[0])
         time_s = np.full(len(part), np.nan)
         known = part.index.isin(usable_rows(part).index)
+        if not known.any():
+            return time_s
         measured = MeasuredRows.of(part[known].assign(latency_s=1.0))
         time_s[known] = Priced(measured, gpu, key[1], key[2]).predict(values)
         return time_s
@@ -202,8 +206,7 @@ def usable_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """
     load = rows["load"].astype(str)
     known = load.isin(["balanced", "uniform"]) | load.str.fullmatch(r"power_law_\d+(\.\d+)?")
-    if "split" in rows:
-        known &= rows["split"].ne("trace")
+    known |= load.isin([f"{TRACE}{name}" for name in catalog_names()])
     ragged = (rows["implementation"] == "sglang:wideep_context") & (load == "uniform")
     mean_rows = rows["n_tokens"] * rows["top_k"] / rows["n_experts"]
     return rows[known & ~(ragged & (mean_rows % 128 != 0))]

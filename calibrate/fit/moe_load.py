@@ -13,6 +13,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from calibrate.loads import TRACE, trace_counts
+
 __all__ = ["Draw", "IntArray", "Timing", "draws_of_row", "timing_of", "tokens_per_expert_of_row"]
 
 IntArray = NDArray[np.int64]
@@ -82,7 +84,8 @@ def draws_of_row(
     top_k, n_experts, ep
         Experts a token, experts in all, ranks that share them in contiguous blocks.
     load
-        ``balanced`` and ``uniform`` (every expert the same: one draw), or ``power_law_<a>``.
+        ``balanced`` and ``uniform`` (every expert the same: one draw), ``power_law_<a>``, or ``trace:<name>``, the
+        draws of `calibrate.loads` that our own measurements are routed by.
     timing
         What of it entered.
     n_draws
@@ -94,6 +97,11 @@ def draws_of_row(
     enter; they are scaled to n_tokens * top_k, rounded, and cut at n_tokens an expert. Experts are then laid out
     one after the other, the fullest first, over tokens and choices: a token's choices lie n_tokens apart.
     """
+    if load.startswith(TRACE):
+        slots = trace_counts(
+            load, n_tokens=n_tokens, top_k=top_k, n_experts=n_experts, ep=ep, n_draws=n_draws
+        )
+        return tuple(Draw(one, n_tokens, n_tokens * top_k - int(one.sum())) for one in slots)
     if load.startswith("power_law_"):
         exponent = float(load.removeprefix("power_law_"))
         rng = np.random.default_rng([n_tokens, top_k, n_experts, ep, round(exponent * 100)])

@@ -42,7 +42,8 @@ def test_figures_hang_together(make):
     assert np.all((one.mfu > 0) & (one.mfu <= 1))
     assert np.all((one.band_fraction > 0) & (one.band_fraction < 1))
     assert np.all(np.diff(one.step_s) > 0)
-    assert np.all(np.diff(one.tokens_per_s) > 0)
+    # a larger batch may meet a tile that was tuned worse
+    assert np.all(one.tokens_per_s[1:] > 0.97 * one.tokens_per_s[:-1])
     assert np.all(one.imbalance >= 1)
     items = [value for name, value in one.memory_bytes.items() if name not in ("total", "capacity")]
     np.testing.assert_allclose(np.sum(items, axis=0), one.memory_bytes["total"])
