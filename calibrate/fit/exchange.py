@@ -60,6 +60,9 @@ _LOW_LATENCY_NEAR: Spec = {
     "message_byte_s": (2e-11, 1e-14, 1e-8, "the same per byte [s/byte]"),
     "nvlink_rate_fraction": (0.7, 0.3, 1.0, "share of the NVLink datasheet rate"),
 }
+_GPU_BYTE: Spec = {
+    "gpu_byte_s": (1e-12, 1e-15, 1e-10, "a byte's time over NVLink that a wider link does not save [s/byte]"),
+}
 _NORMAL_NEAR: Spec = {
     "start_s": (2.5e-5, 1e-6, 1e-4, "fixed cost of a call [s]"),
     "start_byte_s": (2e-10, 1e-12, 1e-8, "more of it per byte of a copy: the first one through [s/byte]"),
@@ -78,7 +81,8 @@ _FAR: Spec = {
 _LOW_LATENCY_FAR: Spec = {
     **_FAR,
     "far_peer_s": (2e-7, 1e-9, 5e-6, "the same for every rank behind a NIC [s]"),
-    "nic_rate_fraction": (0.9, 0.3, 1.0, "share of the NIC's datasheet rate"),
+    # At most what NVIDIA reaches; above 48 of 50 GB/s the PCIe behind it decides, and rows no longer tell.
+    "nic_rate_fraction": (0.9, 0.3, 0.97, "share of the NIC's datasheet rate"),
 }
 _NORMAL_FAR: Spec = {
     **_FAR,
@@ -98,6 +102,8 @@ _SPECS: Mapping[Kind, tuple[Spec, Spec]] = {
     "normal": (_NORMAL_NEAR, _NORMAL_FAR),
 }
 """Parameters inside a node, and where NICs take part."""
+_SHARE = "nvlink_rate_fraction"
+_PORT_SHARE = "share of the NVLink datasheet rate: the normal kernels', which write through the same port"
 _NO_FAR = {
     "far_start_s": (4e-6, "more fixed cost where NICs take part; assumed"),
     "far_peer_s": (1e-6, "the same for every peer behind a NIC; assumed"),
@@ -144,12 +150,13 @@ def fit_table(
         a node's inside from one that was measured there. Contention between NICs is never taken: it is a
         fabric's own.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     odd = int((rows["n_ranks"] != GPUS_PER_NODE * rows["n_nodes"]).sum())
     if odd:
         note(f"exchange: {odd} rows not fitted: {ODD_NODES}")
         rows = rows[rows["n_ranks"] == GPUS_PER_NODE * rows["n_nodes"]]
-    for kind in KINDS:
+    # normal first: low latency takes the share of the port from it
+    for kind in reversed(KINDS):
         for direction in DIRECTIONS:
             here = rows[(rows["implementation"] == f"deepep-{kind}") & (rows["op"] == f"ep_{direction}")]
             if here.empty:
@@ -158,24 +165,52 @@ def fit_table(
                 note(f"{direction} {kind}: {len(here)} rows not fitted: {gpu.name} has no NVLink")
                 continue
             known = known_family(base, (f"ep_{direction}", f"deepep-{kind}", "any"))
-            found.append(_family(here, kind, direction, gpu, base, known, note, source))
+            specs = _specs(kind, direction, _port_share(direction, found, base))
+            found.append(_family(here, kind, direction, specs, gpu, base, known, note, source))
     strange = rows[~rows["implementation"].isin([f"deepep-{kind}" for kind in KINDS])]
     for name, part in strange.groupby("implementation"):
         note(f"exchange {name}: {len(part)} rows not fitted: no model of this library")
     return found
 
 
+def _port_share(
+    direction: Direction, found: Sequence[Mapping[str, Any]], base: Profile | None
+) -> float | None:
+    """Share of NVLink's rate that the normal kernel reaches, by the fit at hand or the base; None if unknown."""
+    key = (f"ep_{direction}", "deepep-normal", "any")
+    for one in found:
+        if (one["op"], one["implementation"], one["dtype"]) == key:
+            return float(one["parameters"][_SHARE]["value"])
+    known = known_family(base, key)
+    return known.parameters[_SHARE].value if known is not None and _SHARE in known.parameters else None
+
+
+def _specs(kind: Kind, direction: Direction, port_share: float | None) -> tuple[Spec, Spec]:
+    """Parameters of a kernel inside a node, and where NICs take part.
+
+    On one GPU the rows of low latency tell only the sum of a byte's time on the link and on the GPU, which differ
+    once NVLink is narrower. Its combine stores whole lines, as the normal kernel does, so what the port takes is
+    known from there. Its dispatch does not: a message of h + h/32 + 16 bytes starts anywhere in a line of 128, and
+    every store of 512 bytes touches five lines for four. That is the link's loss, so its share stays its own.
+    """
+    near, far = _SPECS[kind]
+    if kind == "low-latency" and direction == "combine" and port_share is not None:
+        near = {**near, _SHARE: (port_share, port_share, port_share, _PORT_SHARE), **_GPU_BYTE}
+    return near, far
+
+
 def _family(
     rows: pd.DataFrame,
     kind: Kind,
     direction: Direction,
+    specs: tuple[Spec, Spec],
     gpu: Gpu,
     base: Profile | None,
     known: Family | None,
     note: Note,
     source: str,
 ) -> dict[str, Any]:
-    near_spec, far_spec = _SPECS[kind]
+    near_spec, far_spec = specs
     owner = base.device if base is not None else ""
     near_rows, far_rows = rows[rows["n_nodes"] == 1], rows[rows["n_nodes"] > 1]
     constants = _constants(kind)
@@ -243,7 +278,8 @@ def _fitted(
     `near_to` is the family to stay near, and whether it is blind to these rows.
     """
     (seen, unseen), (known, blind) = rows, near_to
-    prior = {name: value for name, value in fitted_values(known).items() if name in spec}
+    free = {name for name, row in spec.items() if row[1] < row[2]}
+    prior = {name: value for name, value in fitted_values(known).items() if name in free}
     fit = _solve(seen, spec, given, prior)
     error: dict[str, Any] | None = None
     if unseen:

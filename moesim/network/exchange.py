@@ -27,9 +27,10 @@ __all__ = [
 ]  # fmt: skip
 
 LinkName = Literal["nvlink", "nic", "latency"]
-_LOW_LATENCY_SHARPNESS = 3.0
+_LOW_LATENCY_SHARPNESS = 1.5
+_ONE_SIDED_SHARPNESS = 3.0
 _NORMAL_SHARPNESS = 6.0
-"""Exponents of the smooth maximum over links and SMs; of 3, 6 and 12, the one that errs least on unseen shapes."""
+"""Exponents of the smooth maximum over links and SMs: those of 1 to 12 that err least on unseen shapes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +249,8 @@ def low_latency_terms(
     """Messages written straight to their rank; every SM helps, none is kept.
 
     SMs in use are E / ceil(E / n_sms), as the kernel maps groups of warps to experts. DeepEP sends one
-    message per (token, expert), the one-sided kernels (`copies_per_rank`) one per (token, rank).
+    message per (token, expert), the one-sided kernels (`copies_per_rank`) one per (token, rank). A byte over
+    NVLink costs the link's time, and `gpu_byte_s` that a wider link does not save.
     """
     tokens = np.asarray(op.n_tokens, dtype=np.float64)
     experts = op.n_experts
@@ -266,14 +268,16 @@ def low_latency_terms(
     )
     far_ranks = n_ranks - per_domain
     per_message = values["message_s"] + values["message_byte_s"] * op.token_bytes
+    per_byte = 1 / _link_rate(cluster, values) + values.get("gpu_byte_s", 0.0)
     return ExchangeTerms(
         latency_s=values["start_s"]
         + values["expert_s"] * experts
         + _far_start_s(op, values, cluster, far_ranks),
-        nvlink_s=nvlink * op.token_bytes / _link_rate(cluster, values),
+        nvlink_s=nvlink * op.token_bytes * per_byte,
         nic_s=nic * op.token_bytes / _nic_rate(cluster, values, n_ranks, per_domain),
         sm_s=np.ceil(tokens / used_sms) * per_token,
         after_s=messages / experts * per_message,
+        sharpness=_ONE_SIDED_SHARPNESS if copies_per_rank else _LOW_LATENCY_SHARPNESS,
     )
 
 
