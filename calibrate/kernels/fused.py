@@ -2,7 +2,7 @@
 
 ::
 
-    tokens = sort_by_expert(expert_ids)                   # 1 kernel to 1,024 pairs, 3 beyond
+    tokens = sort_by_expert(expert_ids)                   # 1 kernel to 2,048 pairs, 3 beyond
     x, x_scale = quantise_rows(x)                         # fp8 only
     h = silu(x Wg^T) * (x Wu^T)    over sorted rows       # fp8: quantised in the same kernel
     rows = weight * (h Wd^T)       in pair order

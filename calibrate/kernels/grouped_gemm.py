@@ -80,11 +80,11 @@ def _place(tile, n_blocks, n_columns, GROUP_M: tl.constexpr):
     return first + inside % height, inside // height
 
 
-@triton.jit(do_not_specialize=["n_pairs"])
+@triton.jit(do_not_specialize=["n_pairs", "top_k"])
 def up_kernel(
     x_ptr, x_scale_ptr, w_desc, w_scale_ptr, h_desc, h_scale_ptr,
-    sorted_ptr, expert_ptr, used_ptr, n_pairs, n_rows, K, N,
-    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    sorted_ptr, expert_ptr, used_ptr, n_pairs, top_k, n_rows, K, N,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, SWAP: tl.constexpr, JOINED: tl.constexpr, EVEN_K: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Write silu(x Wg^T) * (x Wu^T) of every sorted row.
@@ -104,7 +104,7 @@ def up_kernel(
         expert = tl.load(expert_ptr + block)
         pairs = tl.load(sorted_ptr + block * BLOCK_M + lanes)
         here = pairs < n_pairs
-        token = (pairs // TOP_K).to(tl.int64)
+        token = (pairs // top_k).to(tl.int64)
         x_ptrs = x_ptr + token[:, None] * K + depth[None, :]
         gate_row = expert * (2 * N) + column * HALF
         if JOINED:
@@ -297,8 +297,8 @@ def up_swiglu(
         x, x_scale if fp8 else x, weights, w_scale if fp8 else x,
         TensorDescriptor.from_tensor(h, [tile.block_m, half]), h_scale if fp8 else x,
         tokens.sorted_pairs, tokens.block_expert, tokens.n_blocks_used,
-        x.shape[0] * top_k, n_rows, hidden, inner,
-        TOP_K=top_k, SWAP=swap, JOINED=joined, EVEN_K=hidden % tile.block_k == 0, FP8=fp8,
+        x.shape[0] * top_k, top_k, n_rows, hidden, inner,
+        SWAP=swap, JOINED=joined, EVEN_K=hidden % tile.block_k == 0, FP8=fp8,
     )  # fmt: skip
     return h, h_scale
 

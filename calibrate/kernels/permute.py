@@ -110,7 +110,7 @@ def _place(
     tl.store(row_ptr + pairs, tl.where(here, row, -1), mask=pairs < n_pairs)
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_blocks"])
+@triton.jit(do_not_specialize=["n_pairs", "n_experts", "n_slots", "n_blocks"])
 def _sort_small_kernel(
     ids_ptr, map_ptr, sorted_ptr, block_ptr, used_ptr, count_ptr, row_ptr,
     n_pairs, n_experts, n_slots, n_blocks,
@@ -138,7 +138,7 @@ def _sort_small_kernel(
         tl.store(block_ptr + block, -1, mask=block < n_blocks)
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_chunks", "n_blocks"])
+@triton.jit(do_not_specialize=["n_pairs", "n_experts", "n_slots", "n_chunks", "n_blocks"])
 def _count_kernel(
     ids_ptr, map_ptr, chunk_count_ptr, sorted_ptr, block_ptr, n_pairs, n_experts, n_slots, n_chunks, n_blocks,
     HAS_MAP: tl.constexpr, N: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -155,7 +155,7 @@ def _count_kernel(
         tl.store(chunk_count_ptr + chunk * n_slots + slots, count, mask=slots < n_slots)
 
 
-@triton.jit(do_not_specialize=["n_chunks"])
+@triton.jit(do_not_specialize=["n_slots", "n_chunks"])
 def _scan_kernel(
     chunk_count_ptr, count_ptr, n_slots, n_chunks, CHUNKS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
@@ -172,7 +172,7 @@ def _scan_kernel(
     tl.store(count_ptr + slots, total, mask=slots < n_slots)
 
 
-@triton.jit(do_not_specialize=["n_pairs"])
+@triton.jit(do_not_specialize=["n_pairs", "n_experts", "n_slots"])
 def _scatter_kernel(
     ids_ptr, map_ptr, chunk_start_ptr, count_ptr, sorted_ptr, block_ptr, used_ptr, row_ptr,
     n_pairs, n_experts, n_slots,
@@ -251,13 +251,13 @@ def _sort_small(
     ids: Tensor, expert_map: Tensor | None, out: SortedTokens, n_experts: int, block_m: int
 ) -> None:
     n_pairs, n_slots = ids.numel(), out.pairs_per_expert.numel()
-    size = max(16, triton.next_power_of_2(n_pairs))
+    size, slots = min(ONE_PROGRAM, _power_of_4(n_pairs)), _padded_slots(n_slots)
     _sort_small_kernel[(1,)](
         ids, ids if expert_map is None else expert_map, out.sorted_pairs, out.block_expert,
         out.n_blocks_used, out.pairs_per_expert, out.pair_row,
         n_pairs, n_experts, n_slots, out.block_expert.numel(),
-        HAS_MAP=expert_map is not None, N=size, SLOTS=_padded_slots(n_slots),
-        BLOCK_M=block_m, FILL=1024, num_warps=_warps(size),
+        HAS_MAP=expert_map is not None, N=size, SLOTS=slots,
+        BLOCK_M=block_m, FILL=1024, num_warps=_warps(size, slots),
     )  # fmt: skip
 
 
@@ -272,27 +272,32 @@ def _sort_large(
     _count_kernel[(triton.cdiv(max(n_pairs, n_blocks * block_m), CHUNK),)](
         ids, mapped, chunk_count, out.sorted_pairs, out.block_expert,
         n_pairs, n_experts, n_slots, n_chunks, n_blocks,
-        HAS_MAP=expert_map is not None, N=CHUNK, SLOTS=slots, BLOCK_M=block_m, num_warps=_warps(CHUNK),
+        HAS_MAP=expert_map is not None, N=CHUNK, SLOTS=slots, BLOCK_M=block_m, num_warps=_warps(CHUNK, slots),
     )  # fmt: skip
     _scan_kernel[(triton.cdiv(n_slots, width),)](
         chunk_count, out.pairs_per_expert, n_slots, n_chunks,
-        CHUNKS=min(256, triton.next_power_of_2(n_chunks)), WIDTH=width, num_warps=4,
+        CHUNKS=min(256, _power_of_4(n_chunks)), WIDTH=width, num_warps=4,
     )  # fmt: skip
     _scatter_kernel[(n_chunks,)](
         ids, mapped, chunk_count, out.pairs_per_expert, out.sorted_pairs, out.block_expert, out.n_blocks_used,
         out.pair_row, n_pairs, n_experts, n_slots,
-        HAS_MAP=expert_map is not None, N=CHUNK, SLOTS=slots, BLOCK_M=block_m, num_warps=_warps(CHUNK),
+        HAS_MAP=expert_map is not None, N=CHUNK, SLOTS=slots, BLOCK_M=block_m, num_warps=_warps(CHUNK, slots),
     )  # fmt: skip
 
 
-def _warps(n_keys: int) -> int:
-    """Two keys a thread where a program has many: the sort's shuffles are what it waits for."""
-    return min(16, max(4, n_keys // 64))
+def _warps(n_keys: int, n_bins: int) -> int:
+    """Two keys or bins a thread where there are many: the sort's shuffles are waited for, and many bins spill."""
+    return min(16, max(4, max(n_keys, n_bins) // 64))
 
 
 def _padded_slots(n_slots: int) -> int:
     """A power of two above `n_slots`: the last bin of a histogram holds the pairs that go nowhere."""
-    return int(max(16, triton.next_power_of_2(n_slots + 1)))
+    return int(max(64, triton.next_power_of_2(n_slots + 1)))
+
+
+def _power_of_4(n: int) -> int:
+    """Size of a program's arrays, 16 or more, in coarse steps: each is compiled, which takes a second."""
+    return int(max(16, 1 << 2 * ((n - 1).bit_length() + 1 >> 1)))
 
 
 def _check_sort(ids: Tensor, n_experts: int, block_m: int, expert_map: Tensor | None, n_slots: int) -> None:

@@ -137,6 +137,7 @@ def test_a_graph_follows_new_tokens_and_routing(dtype: str) -> None:
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """Graph of a call, after it has compiled."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             call()

@@ -36,7 +36,8 @@ def compiled(product: Product, tile: Tile, dtype: str, *, even: bool = True) -> 
             "w_scale_ptr": "*fp32", "h_desc": f"tensordesc<{kind}[{tile.block_m},{half}]>",
             "h_scale_ptr": "*fp32",
         }  # fmt: skip
-        constants |= {"TOP_K": 8, "JOINED": joined, "EVEN_K": even}
+        signature |= {"top_k": "i32"}
+        constants |= {"JOINED": joined, "EVEN_K": even}
     else:
         signature = {
             "h_desc": f"tensordesc<{kind}[{tile.block_m},{tile.block_k}]>", "h_scale_ptr": "*fp32",

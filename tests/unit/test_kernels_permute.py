@@ -255,19 +255,21 @@ SORT = {"HAS_MAP": True, "BLOCK_M": 128}
 @pytest.mark.parametrize(
     ("kernel", "constants", "num_warps"),
     [
-        ("_sort_small_kernel", {**SORT, "N": 16, "SLOTS": 16, "FILL": 1024}, 4),
-        ("_sort_small_kernel", {**SORT, "N": 256, "SLOTS": 512, "FILL": 1024}, 4),
-        ("_sort_small_kernel", {**SORT, "N": 2048, "SLOTS": 1024, "FILL": 1024}, 16),
-        ("_count_kernel", {**SORT, "N": 1024, "SLOTS": 1024}, 16),
+        ("_sort_small_kernel", {**SORT, "N": 16, "SLOTS": 64, "FILL": 1024}, None),
+        ("_sort_small_kernel", {**SORT, "N": 16, "SLOTS": 1024, "FILL": 1024}, None),
+        ("_sort_small_kernel", {**SORT, "N": 256, "SLOTS": 512, "FILL": 1024}, None),
+        ("_sort_small_kernel", {**SORT, "N": 2048, "SLOTS": 1024, "FILL": 1024}, None),
+        ("_count_kernel", {**SORT, "N": 1024, "SLOTS": 1024}, None),
         ("_scan_kernel", {"CHUNKS": 256, "WIDTH": 8}, 4),
-        ("_scatter_kernel", {**SORT, "N": 1024, "SLOTS": 1024}, 16),
-        ("_scatter_kernel", {**SORT, "N": 1024, "SLOTS": 16, "n_experts": 1, "n_slots": 1}, 16),
+        ("_scatter_kernel", {**SORT, "N": 1024, "SLOTS": 1024}, None),
+        ("_scatter_kernel", {**SORT, "N": 1024, "SLOTS": 64}, None),
         ("_gather_rows_kernel", {"TOP_K": 8, "TILE": 1024}, 4),
         ("_unpermute_kernel", {"TOP_K": 8, "TILE": 1024}, 4),
     ],
 )
-def test_compiles_for_hopper(kernel: str, constants: dict[str, Any], num_warps: int) -> None:
+def test_compiles_for_hopper(kernel: str, constants: dict[str, Any], num_warps: int | None) -> None:
     function = getattr(permute, kernel)
+    num_warps = num_warps or permute._warps(constants["N"], constants["SLOTS"])
     signature = {
         name: "i32" if name in INTEGERS else TYPES.get(name, "*i32")
         for name in function.arg_names
@@ -275,6 +277,6 @@ def test_compiles_for_hopper(kernel: str, constants: dict[str, Any], num_warps: 
     }
     made = compile_sm90(function, signature, constants, num_warps=num_warps, divisible=("hidden",))
     assert faults(made, matrix=False) == []
-    assert made.registers <= 168
+    assert made.registers <= 120
     if kernel in ("_gather_rows_kernel", "_unpermute_kernel"):
         assert any(form.startswith("LDG.E.128") for form in made.forms), "rows are read in 16-byte pieces"
