@@ -1,0 +1,66 @@
+"""Flows of one case solved by SimGrid (``pip install simgrid``, 4.1; built from source against Boost).
+
+Run as ``python tests/simgrid_reference.py CASE.npz OUT.npz`` in a process of its own, since SimGrid has one engine a
+process. Raw network model: no TCP window, latency or bandwidth corrections; latency is a delayed start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+COLUMNS = ("links", "routes", "flow_bytes", "latency_s")
+
+
+def solve_with_simgrid(*case: np.ndarray) -> tuple[np.ndarray, float]:
+    """Finish times [s], and SimGrid's own CPU time [s] without its start; arguments as `solve_flows`."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, found = Path(folder, "case.npz"), Path(folder, "found.npz")
+        np.savez(given, **dict(zip(COLUMNS, case, strict=True)))
+        subprocess.run([sys.executable, __file__, str(given), str(found)], check=True, capture_output=True)
+        with np.load(found, allow_pickle=False) as told:
+            return told["finish_s"], float(told["cpu_s"])
+
+
+def _main(given: str, found: str) -> None:
+    spec = find_spec("simgrid")
+    library = Path(spec.origin or "").parent / "libsimgrid.so"
+    if library.exists():
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # the wheel does not find its own library
+    import simgrid
+
+    with np.load(given, allow_pickle=False) as file:
+        links, routes, flow_bytes, latency_s = (file[name] for name in COLUMNS)
+    options = ("network/model:raw", "network/optim:Full", "network/crosstraffic:0")
+    engine = simgrid.Engine(["case", *(f"--cfg={option}" for option in options), "--log=root.thres:error"])
+    zone = engine.netzone_root.add_netzone_full("zone")
+    wires = [zone.add_link(f"l{number}", float(rate)) for number, rate in enumerate(links)]
+    ends = []
+    for number, route in enumerate(routes):
+        pair = [zone.add_host(f"{end}{number}", 1e9) for end in "ab"]
+        zone.add_route(*pair, [wires[link] for link in route if link >= 0])
+        ends.append(pair)
+    zone.seal()
+    finish_s = np.zeros(len(routes))
+
+    def transfer(number: int) -> None:
+        simgrid.this_actor.sleep_for(float(latency_s[number]))
+        simgrid.Comm.sendto(*ends[number], int(flow_bytes[number]))
+        finish_s[number] = simgrid.Engine.clock
+
+    for number in range(len(routes)):
+        ends[number][0].add_actor(f"f{number}", transfer, number)
+    started_s = time.process_time()
+    engine.run()
+    np.savez(found, finish_s=finish_s, cpu_s=time.process_time() - started_s)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
