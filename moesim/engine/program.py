@@ -6,7 +6,7 @@ recurrence (`moesim.engine.evaluate`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ STREAMS = ("compute", "comm", "copy")
 
 @dataclass(frozen=True, eq=False)
 class Flows:
-    """Bytes that one collective moves over the links of a program's `Network`; flows that move nothing left out."""
+    """What a task's collectives move over the links of a program's `Network`; flows without bytes are left out."""
 
     source: IntArray
     """(n_flows,) rank that sends."""
@@ -38,6 +38,38 @@ class Flows:
     """(n_flows,) paid before the bytes flow [s]."""
     alone_s: FloatArray
     """(n_ranks,) when a rank's last flow ends with nothing else on the links, from the start [s]."""
+    beside_s: FloatArray | None = None
+    """(n_ranks,) work done while bytes flow, which hides a part of their delay; None = none [s]."""
+    sharpness: float = 1.0
+    """Exponent p of the smooth maximum that joins the two: ``(bytes ** p + beside ** p) ** (1 / p)``."""
+
+    def late_s(self, rank: int, finish_s: float) -> float:
+        """How much longer a task takes on a rank whose last flow ends `finish_s` after the start [s]."""
+        alone_s = float(self.alone_s[rank])
+        beside_s = 0.0 if self.beside_s is None else float(self.beside_s[rank])
+        if beside_s == 0 or finish_s == alone_s:
+            return finish_s - alone_s
+        p, whole_s = self.sharpness, max(finish_s, alone_s, beside_s)
+        with_delay, without = (
+            ((one / whole_s) ** p + (beside_s / whole_s) ** p) ** (1 / p) for one in (finish_s, alone_s)
+        )
+        return float(whole_s * (with_delay - without))
+
+    def among(self, ranks: list[int]) -> Flows:
+        """Those between some of the ranks: of a task that is several collectives, one's."""
+        member = np.zeros(self.alone_s.size, dtype=bool)
+        member[ranks] = True
+        kept = member[self.source]
+        if kept.all():
+            return self
+        return replace(
+            self,
+            source=self.source[kept],
+            target=self.target[kept],
+            routes=self.routes[kept],
+            n_bytes=self.n_bytes[kept],
+            latency_s=self.latency_s[kept],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +105,7 @@ class Task:
     link: str | None = None
     """Class of link that the task fills (``nvlink``, ``nic``, ``pcie``); None where it fills none."""
     flows: Flows | None = None
-    """What a collective moves over the program's network: other tasks' flows on the same links make it longer."""
+    """What its collectives move over the program's network: other flows on the same links make it longer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +121,14 @@ class Program:
     """Links of the flows of its tasks; a program with flows has one point."""
 
     @classmethod
-    def trusted(cls, n_ranks: int, tasks: tuple[Task, ...], n_points: int = 1) -> Program:
+    def trusted(
+        cls, n_ranks: int, tasks: tuple[Task, ...], n_points: int = 1, network: Network | None = None
+    ) -> Program:
         """Make a program without checking it: for tasks unrolled from a step, whose form holds by construction."""
         program = object.__new__(cls)
         object.__setattr__(program, "labels", ())
-        object.__setattr__(program, "network", None)
-        for name, value in (("n_ranks", n_ranks), ("tasks", tasks), ("n_points", n_points)):
+        values = (("n_ranks", n_ranks), ("tasks", tasks), ("n_points", n_points), ("network", network))
+        for name, value in values:
             object.__setattr__(program, name, value)
         return program
 
@@ -117,6 +151,10 @@ class Program:
             raise EngineError(
                 "flows need a collective, a network, and a program of one point", place=task.name
             )
+        if task.flows is not None and task.group is not None:
+            ends = task.group[task.flows.source], task.group[task.flows.target]
+            if np.any(ends[0] != ends[1]) or np.any(ends[0] < 0):
+                raise EngineError("a flow stays in its collective", place=task.name)
         for earlier in task.after:
             if not 0 <= earlier < position:
                 raise EngineError("a task waits only for earlier ones", value=task.after, place=task.name)

@@ -174,23 +174,29 @@ class _Run:
         else:
             if flows is not None and self.fluid is not None:
                 meeting.arrived = self.fluid.start(flows, meeting.ranks)
-            elif link is not None and link in self.contended:
+            if link is not None and link in self.contended:
                 works_s = [durations_s[one] for one in meeting.ranks]
                 meeting.flow = self.links.start(link, meeting.ranks, works_s)
             meeting.begins.succeed()
         self.start.rows[position][rank] = self.env.now
         if flows is not None and meeting.arrived:
+            start_s = self.env.now
             yield meeting.arrived[rank]
+            finish_s = self.env.now - start_s
             # what the task takes beside its bytes
-            yield self.env.timeout(max(durations_s[rank] - float(flows.alone_s[rank]), 0.0))
+            rest_s = durations_s[rank] + flows.late_s(rank, finish_s) - finish_s
+            yield self.env.timeout(max(rest_s, 0.0))
+            if meeting.flow is not None:  # shared with tasks without flows too: the later end counts
+                yield meeting.flow.done[rank]
         else:
             yield self.env.timeout(durations_s[rank]) if meeting.flow is None else meeting.flow.done[rank]
 
 
 def _links_of_several_streams(program: Program) -> frozenset[str]:
-    """Links that tasks of one rank can want at once: a stream never overlaps with itself."""
+    """Links that tasks of one rank can want at once: a stream never overlaps with itself, flows share by themselves."""
     users: dict[str, set[str]] = {}
     for task in program.tasks:
         if task.link is not None:
             users.setdefault(task.link, set()).add(task.stream)
-    return frozenset(link for link, streams in users.items() if len(streams) > 1)
+    plain = {task.link for task in program.tasks if task.flows is None}
+    return frozenset(link for link, streams in users.items() if len(streams) > 1 and link in plain)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.price import Pricer
-from moesim.engine.program import Program, Task
+from moesim.engine.program import Flows, Network, Program, Task
 from moesim.engine.recurrence import makespan
 from moesim.work.ops import (
     AllGather,
@@ -23,9 +23,12 @@ from moesim.work.ops import (
 )
 from moesim.work.step import Block, Node, Step
 
-__all__ = ["TimedStep", "time_step"]
+__all__ = ["FlowsOf", "TimedStep", "time_step"]
 
 IntArray = NDArray[np.int64]
+FlowsOf = Callable[[Exchange, int, int, IntArray], tuple[FloatArray, Flows]]
+"""From an exchange, its layer, that layer's row in its arrays and the (n_ranks,) groups to the (n_ranks,) time with
+nothing else on the links [s], and what is sent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,30 @@ class TimedStep:
             planner evaluates a tenth of the tasks.
         """
         return _Unroller(self, self._segments[fused]).run(self._order(layers))
+
+    def program_with_flows(
+        self,
+        layers: Container[int] | None = None,
+        *,
+        point: int,
+        flows_of: FlowsOf,
+        network: Callable[[], Network],
+    ) -> Program:
+        """Unroll one point, its token exchanges as flows.
+
+        Parameters
+        ----------
+        layers
+            As `program`.
+        point
+            Workload size to keep.
+        flows_of
+            Asked for every exchange of more than one rank. Times replace the step's own.
+        network
+            Links of those flows; asked once all flows are known.
+        """
+        program = _Unroller(self, self._segments[False], point, flows_of).run(self._order(layers))
+        return Program.trusted(program.n_ranks, program.tasks, network=network())
 
     def makespan_s(self, layers: Container[int] | None = None) -> FloatArray:
         """(n_points,) time of the step, or of some of its layers, as `makespan` of its program.
@@ -88,11 +115,15 @@ class TimedStep:
     def _segments(self) -> tuple[list[list[_Segment]], list[list[_Segment]]]:
         """Every block's nodes: each its own task, and joined."""
         pairs = list(zip(self.step.blocks, self.seconds, strict=True))
-        groups = {name: _membership(self, name) for name in ("tp", "etp", "ep", "tp_ep")}
         return (
-            [_block_segments(self.pricer, groups, block, one, join=False) for block, one in pairs],
-            [_block_segments(self.pricer, groups, block, one, join=True) for block, one in pairs],
+            [_block_segments(self.pricer, self.groups, block, one, join=False) for block, one in pairs],
+            [_block_segments(self.pricer, self.groups, block, one, join=True) for block, one in pairs],
         )
+
+    @cached_property
+    def groups(self) -> dict[str, IntArray]:
+        """(n_ranks,) number of each rank's group, by the group's name."""
+        return {name: _membership(self, name) for name in ("tp", "etp", "ep", "tp_ep")}
 
 
 def time_step(step: Step, pricer: Pricer) -> TimedStep:
@@ -121,6 +152,7 @@ class _Segment:
     group: IntArray | None
     category: str
     link: str | None
+    op: Op
 
 
 def _block_segments(
@@ -140,7 +172,7 @@ def _block_segments(
             group = None if alone else groups[name or ""]
             link = None if alone else pricer.link(name or "")
             segments.append(
-                _Segment(node.name, node.stream, node.micro, after, one, group, node.category, link)
+                _Segment(node.name, node.stream, node.micro, after, one, group, node.category, link, node.op)
             )
         holder[node.name] = len(segments) - 1
     return segments
@@ -165,16 +197,25 @@ def _run_durations(segments: list[_Segment], repeats: list[int], step: Step) -> 
 class _Unroller:
     """Builds the task list; keeps where each micro-batch's chain stands."""
 
-    def __init__(self, timed: TimedStep, segments: list[list[_Segment]]) -> None:
+    def __init__(
+        self,
+        timed: TimedStep,
+        segments: list[list[_Segment]],
+        point: int | None = None,
+        flows_of: FlowsOf | None = None,
+    ) -> None:
         self.step = timed.step
         self.segments = segments
+        self.point = point
+        self.flows_of = flows_of
         self.tasks: list[Task] = []
         self.chain: dict[int, int] = {}
 
     def run(self, order: Sequence[tuple[int, int]]) -> Program:
         for block, repeat in order:
             self._add(self.step.blocks[block], self.segments[block], repeat)
-        return Program.trusted(self.step.n_ranks, tuple(self.tasks), self.step.n_points)
+        n_points = self.step.n_points if self.point is None else 1
+        return Program.trusted(self.step.n_ranks, tuple(self.tasks), n_points)
 
     def _add(self, block: Block, segments: list[_Segment], repeat: int) -> None:
         tasks, chain = self.tasks, self.chain
@@ -186,9 +227,15 @@ class _Unroller:
             else:
                 after = (chain[one.micro],) if one.micro in chain else ()
             seconds = one.seconds
-            duration_s = seconds[:, repeat if seconds.shape[1] > 1 else 0]
+            duration_s, flows = seconds[:, repeat if seconds.shape[1] > 1 else 0], None
+            if self.point is not None:
+                duration_s = duration_s[self.point if len(duration_s) > 1 else 0]
+            if self.flows_of is not None and isinstance(one.op, Exchange) and one.group is not None:
+                duration_s, flows = self.flows_of(one.op, block.layers[repeat], repeat, one.group)
             tasks.append(
-                Task(prefix + one.name, one.stream, duration_s, after, one.group, one.category, one.link)
+                Task(
+                    prefix + one.name, one.stream, duration_s, after, one.group, one.category, one.link, flows
+                )
             )
             chain[one.micro] = first + position
 

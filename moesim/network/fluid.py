@@ -166,6 +166,14 @@ class FluidNetwork:
         self.n_events += n_events
         return numbers
 
+    def ahead(self) -> tuple[IntArray, FloatArray]:
+        """Flows that have not ended, and when each will if nothing is added [s]; nothing is played."""
+        kept, left = self._solver.survivors()
+        future: _Solver = _solver_type()(self._capacity)
+        future.load(left)
+        ended, finish_s, _ = future.play(float("inf"), self._quantum)
+        return self._numbers[kept[ended]], finish_s
+
     def rates(self, numbers: IntArray) -> FloatArray:
         """Rates of flows at the last event played, 0 where one is not in flight [bytes/s]."""
         rates = np.zeros(self._finish_s.size)

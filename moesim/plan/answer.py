@@ -101,11 +101,21 @@ def plan_answer(
 def run_answer(found: Run, scenario: Scenario) -> tuple[dict[str, Any], Maps]:
     """A run as plain values, and its maps."""
     result = {"scenario": scenario_row(scenario), **found.row, **_whole_run(found.row, scenario)}
-    result["warnings"] = warnings_of(scenario, found.context)
+    result["warnings"] = warnings_of(scenario, found.context) + _link_warnings(found.row)
     if found.outcome is None:
         return {**result, "provenance": []}, Maps("", result, None, None, None, (), None, ())
     result["provenance"] = families_used(found.outcome)
     return result, maps_of(found.context, found.outcome, 0, result, found.timelines)
+
+
+def _link_warnings(row: dict[str, Any]) -> list[str]:
+    """What the engine did not play on the links of the cluster."""
+    exchanged = {"low-latency", "normal", "nccl"} & set(
+        ((row["choice"] or {}).get("resolved") or {}).values()
+    )
+    if not exchanged or row["layout"]["ep"] == 1 or (row["engine"] or {}).get("links") != "ports":
+        return []
+    return ["token exchanges have too many flows to share links: each rank's own ports price them"]
 
 
 def _whole_run(row: dict[str, Any], scenario: Scenario) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from moesim.routing import (
     Placement,
     RoutingShape,
     RoutingSource,
+    Traffic,
     balanced,
     contiguous,
     count_batch,
@@ -24,13 +25,21 @@ from moesim.routing import (
     eplb,
     inclusion,
     load_points,
+    load_traffic,
     read_placement,
     round_robin,
 )
 from moesim.work.case import Case, Layout
 from moesim.work.ffn import ExpertTraffic
 
-__all__ = ["TrafficMaker"]
+__all__ = ["TrafficMaker", "scaled_traffic"]
+
+
+def scaled_traffic(traffic: Traffic, share: float) -> Traffic:
+    """The same copies as of `share` times as many tokens; expected copies need not be whole."""
+    parts = (traffic.copies_per_rank, traffic.copies_per_node, traffic.assignments)
+    scaled = [np.asarray(one * share) for one in parts]
+    return Traffic(*scaled)
 
 
 class TrafficMaker:
@@ -147,6 +156,35 @@ class TrafficMaker:
             np.stack([one.sent_nic for one in copies]) * share,
             np.stack([one.received_nic for one in copies]) * share,
         )
+
+    def copies(self, case: Case, phase: str, replica_tokens: float) -> Traffic:
+        """Who sends to whom in every MoE layer: of the draw that `traffic` has the sums of, scaled as there.
+
+        Parameters
+        ----------
+        case, phase, replica_tokens
+            As `traffic`, for one point.
+
+        Returns
+        -------
+        Traffic
+            (n_layers, ep, ep) copies, an expert's shards as one rank.
+        """
+        layout = case.layout
+        domain = min(max(1, case.cluster.near_ranks // layout.etp), layout.ep)
+        per_rank = replica_tokens * layout.etp / layout.tp
+        whole = max(int(np.ceil(per_rank - 1e-9)), 1)
+        drawn = load_traffic(
+            self.source,
+            self.shape,
+            n_tokens=whole,
+            placement=self.placement(layout, max(1, case.cluster.near_ranks // layout.etp)),
+            phase="decode" if phase == "decode" else "prefill",
+            ranks_per_domain=domain,
+            seed=self.seed,
+            max_tokens=self.max_tokens,
+        )
+        return scaled_traffic(drawn, per_rank / whole)
 
     def matrix(self, case: Case, phase: str, replica_tokens: float) -> NDArray[np.float64]:
         """(ep, ep) copies that one layer's dispatch moves between ranks, mean over layers, own rank zero.

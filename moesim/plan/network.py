@@ -23,6 +23,7 @@ from moesim.network.shared_links import (
 )
 from moesim.network.transfers import evened
 from moesim.plan.context import Context
+from moesim.plan.exchanges import one_layer
 from moesim.plan.outcome import cluster_row, layout_row
 from moesim.plan.run import layout_of
 from moesim.plan.space import choices_of
@@ -256,12 +257,7 @@ def _traffic(ids: np.ndarray, placement: Placement, row: int, per_domain: int, o
     table = placement.slot_to_expert
     here = replace(placement, slot_to_expert=table[row : row + 1]) if len(table) > 1 else placement
     drawn = count_batch(ids, here, ranks_per_domain=per_domain).traffic
-    share = one.rank_tokens / ids.shape[2] / one.case.layout.etp
-    scaled = [
-        np.asarray(copies[0] * share)
-        for copies in (drawn.copies_per_rank, drawn.copies_per_node, drawn.assignments)
-    ]
-    return Traffic(*scaled)
+    return one_layer(drawn, 0, one.rank_tokens / ids.shape[2] / one.case.layout.etp)
 
 
 def _collectives(one: _Setting) -> tuple[dict[str, Any], list[Solved]]:

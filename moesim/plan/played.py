@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from moesim.engine import Timeline
 
@@ -20,6 +20,8 @@ class Played:
     """Where it goes, on the critical rank; the parts add up."""
     timelines: tuple[Timeline, ...]
     """One micro-batch in each pipeline stage; of training, the pipeline itself."""
+    links: Literal["fluid", "ports"] = "ports"
+    """Whether token exchanges were played as flows on the cluster's links, or took their price by ports."""
 
 
 class Play(Protocol):

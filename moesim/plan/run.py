@@ -125,6 +125,7 @@ def simulated(outcome: Outcome, point: int) -> tuple[dict[str, Any], tuple[Timel
     row["engine"] = {
         "step_s": played.step_s,
         "difference": played.step_s / float(outcome.step_s[point]) - 1.0,
+        "links": played.links,
     }
     row["breakdown_s"] = played.breakdown_s
     return row, played.timelines

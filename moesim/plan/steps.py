@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,15 +12,17 @@ from numpy.typing import NDArray
 from moesim.cost.price import Pricer
 from moesim.engine import Program, Timeline, evaluate, simulate
 from moesim.engine.unroll import TimedStep, time_step
+from moesim.errors import LayoutError
 from moesim.hardware.profile import Family
 from moesim.metrics import breakdown_s
 from moesim.plan.context import Context
+from moesim.plan.exchanges import LinkedExchanges, StageExchanges
 from moesim.plan.played import Played
 from moesim.work.case import Case, Stage
 from moesim.work.ffn import ExpertTraffic
 from moesim.work.forward import forward_step
-from moesim.work.ops import FloatArray, SendRecv
-from moesim.work.step import Batch, Node, Step
+from moesim.work.ops import Exchange, FloatArray, SendRecv
+from moesim.work.step import Batch, Block, Node, Step
 
 __all__ = ["Pass", "run_pass"]
 
@@ -42,6 +45,8 @@ class Pass:
     """Of one micro-batch, over all MoE layers."""
     dropped_fraction: FloatArray
     """(n_points,) share of token-expert pairs over capacity."""
+    exchanges: LinkedExchanges | None = None
+    """What the engine needs to play its token exchanges as flows; None for a dense model."""
     row_of: NDArray[np.intp] | None = None
     """Row here of each point of the outcome, where several points run the same step; None = its own number."""
 
@@ -111,12 +116,39 @@ class Pass:
         """One micro-batch in one pipeline stage."""
         return self.timed.program(_held(self.case, self.case.stages[stage]), fused=fused)
 
+    def linked_program(self, stage: int, point: int) -> Program:
+        """The same at one size, token exchanges as flows on the GPUs that run the stage."""
+        own = self._on_gpus(stage, point)
+        held = _held(self.case, self.case.stages[stage])
+        return self.timed.program_with_flows(held, point=point, flows_of=own.flows, network=own.network)
+
+    def _on_gpus(self, stage: int, point: int) -> StageExchanges:
+        """Exchanges of the stage's first set of ranks, or where links differ of the one that they slow most."""
+        layout, exchanges = self.case.layout, self.exchanges
+        if exchanges is None:
+            raise LayoutError("a dense model exchanges no tokens")
+        first = stage * layout.tp * layout.dp
+        if not exchanges.sets_differ:
+            return exchanges.at(point, first)
+        block = next(one for one in self.timed.step.blocks if _exchanged(one))
+        group = self.timed.groups["ep"]
+        sets = [exchanges.at(point, first + n * layout.group_ranks) for n in range(layout.n_groups)]
+        even_s = [sum(one.even_s(op, block.layers[0], group) for op in _exchanged(block)) for one in sets]
+        return sets[int(np.argmax(even_s))]
+
     def timelines(self, point: int, *, events: bool = True) -> tuple[Timeline, ...]:
         """Every stage's micro-batch, event by event with links shared, or by the recurrence."""
-        programs = [self.program(stage) for stage in range(len(self.stage_s))]
-        if events:
-            return tuple(simulate(program, point) for program in programs)
-        return tuple(evaluate(program).timeline(point) for program in programs)
+        stages = range(len(self.stage_s))
+        if not events:
+            return tuple(evaluate(self.program(stage)).timeline(point) for stage in stages)
+        if self.links == "ports":
+            return tuple(simulate(self.program(stage), point) for stage in stages)
+        return tuple(simulate(self.linked_program(stage, point)) for stage in stages)
+
+    @property
+    def links(self) -> Literal["fluid", "ports"]:
+        """Whether the engine plays its token exchanges as flows."""
+        return "fluid" if self.exchanges is not None and self.exchanges.on_links else "ports"
 
     def play(self, point: int, *, events: bool = True) -> Played:
         """Run one size; `step_s` is the period (of a prefill the latency), as `stage_s` gives it by the recurrence."""
@@ -125,7 +157,13 @@ class Pass:
         stage_s[:, point] = [timeline.makespan_s for timeline in timelines]
         one = replace(self, stage_s=stage_s)
         step_s = float((one.latency_s if self.batch.phase == "prefill" else one.period_s)[point])
-        return Played(step_s, _scaled(_mean_breakdown(timelines), step_s), timelines)
+        links = self.links if events else "ports"
+        return Played(step_s, _scaled(_mean_breakdown(timelines), step_s), timelines, links)
+
+
+def _exchanged(block: Block) -> list[Exchange]:
+    """Token exchanges of one layer of a block."""
+    return [node.op for node in block.nodes if isinstance(node.op, Exchange)]
 
 
 def _mean_breakdown(timelines: Sequence[Timeline]) -> dict[str, float]:
@@ -170,19 +208,19 @@ def run_pass(
     """
     micro, n_micro = _micro_batches(case, batch)
     n_overlapped = 2 if case.overlap == "two-batch" and case.model.is_moe else 1
-    traffic = None
+    pricer = context.pricer(case, batch.phase)
+    traffic = exchanges = None
     if case.model.is_moe:
         tokens = micro.n_tokens[:, 0, 0] / n_overlapped
         traffic = context.traffic.traffic(case, batch.phase, [float(n) for n in tokens])
-    pricer = context.pricer(case, batch.phase)
+        exchanges = LinkedExchanges(case, context.traffic, pricer.network, batch.phase, tokens, traffic)
     everything = Stage(0, tuple(range(case.model.n_layers)), first=True, last=True)
     copies = [] if traffic is None else [traffic] * n_overlapped
     step = forward_step(case, micro, copies, everything, with_host=batch.phase != "train")
     timed = time_step(build(step) if build else step, pricer)
     stage_s = np.stack([timed.makespan_s(_held(case, stage)) for stage in case.stages])
-    return Pass(
-        case, batch, n_micro, timed, stage_s, _hop_s(case, micro, pricer), traffic, step.dropped_fraction
-    )
+    hop_s = _hop_s(case, micro, pricer)
+    return Pass(case, batch, n_micro, timed, stage_s, hop_s, traffic, step.dropped_fraction, exchanges)
 
 
 def _held(case: Case, stage: Stage) -> frozenset[int]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
-from moesim.engine import Program, Task, Timeline, makespan, simulate
+from moesim.engine import Program, Task, makespan, simulate
 from moesim.errors import LayoutError
 from moesim.hardware.cluster import Cluster
 from moesim.hardware.profile import Family
@@ -129,18 +129,21 @@ class TrainRun:
     tail_parts: tuple[TailPart, ...]
     """What comes on top of the passes."""
 
-    def program(self, point: int) -> Program:
-        """All micro-batches of one size on all stages."""
-        return pipeline_program(self.times.at([point]), int(self.n_micro[point]))
-
-    def timeline(self, point: int) -> Timeline:
-        """The same, event by event."""
-        return simulate(self.program(point))
-
     def play(self, point: int, *, events: bool = True) -> Played:
-        """One size, and where the time of its last stage to end goes; short enough to be always run on the clock."""
-        timeline = self.timeline(point)
-        return Played(timeline.makespan_s, breakdown_s(timeline), (timeline,))
+        """One size, and where the time of its last stage to end goes; short enough to be always run on the clock.
+
+        Each stage's passes take what the engine makes of them where it plays their exchanges as flows.
+        """
+        links = self.forward.links if events else "ports"
+        times = self.times.at([point])
+        if links == "fluid":
+            forward_s, backward_s = (
+                np.array([[timeline.makespan_s] for timeline in one.timelines(point)])
+                for one in (self.forward, self.backward)
+            )
+            times = replace(times, forward_s=forward_s, backward_s=backward_s)
+        timeline = simulate(pipeline_program(times, int(self.n_micro[point])))
+        return Played(timeline.makespan_s, breakdown_s(timeline), (timeline,), links)
 
     def category_s(self) -> dict[str, FloatArray]:
         """(n_points,) kernel time of a step by category, mean over ranks; what is left is pipeline bubble."""

@@ -182,7 +182,8 @@ def certainty(row: Record) -> str:
     if difference is not None:
         said.append(
             f"The event-by-event engine gives {seconds(number(engine, 'step_s'))} for the same step, "
-            f"{share(abs(difference))} away."
+            f"{share(abs(difference))} away"
+            + (", token exchanges sharing the cluster's links." if engine.get("links") == "fluid" else ".")
         )
     return " ".join(said)
 

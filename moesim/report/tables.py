@@ -188,7 +188,7 @@ def _example(item: Record, why: str) -> str:
 
 
 def fit_table(told: Record) -> Table:
-    """Families of a fitted profile, with their error on what was held out.
+    """Families that were fitted, with their error on what was held out; those kept from a base are left out.
 
     Parameters
     ----------
@@ -198,14 +198,19 @@ def fit_table(told: Record) -> Table:
     table = _kernels(
         f"{told['device']}: error on rows that the fit did not see", ("median", "p90", "bias"), "from"
     )
-    for one in told["families"]:
+    shown = [one for one in told["families"] if one.get("refitted", True)]
+    for one in shown:
         held = one["held_out"] or {}
+        mark = "*" if one.get("doubts") else ""
         table.add_row(
             *_kernel(one),
-            str(one["kind"]),
+            str(one["kind"]) + mark,
             f"{one['n_points']:,}",
             *(_percent(held, key) for key in ("median_ape", "p90_ape", "bias")),
         )
+    if any(one.get("doubts") for one in shown):
+        table.caption = "* not to be relied on: the notes above and --json say why"
+        table.caption_justify = "left"
     return table
 
 

@@ -19,7 +19,7 @@ from moesim.routing.load import (
     exchange_counts,
 )
 from moesim.routing.placement import Placement, balanced, contiguous, eplb, read_placement, round_robin
-from moesim.routing.points import BatchLoad, load_points
+from moesim.routing.points import BatchLoad, load_points, load_traffic
 from moesim.routing.synthetic import RoutingShape, SyntheticRouting, popularity
 from moesim.routing.trace import RoutingTrace, read_trace, write_trace
 
@@ -48,6 +48,7 @@ __all__ = [
     "exchange_counts",
     "inclusion",
     "load_points",
+    "load_traffic",
     "open_trace",
     "popularity",
     "read_npz",

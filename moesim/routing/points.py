@@ -21,6 +21,7 @@ from moesim.routing.load import (
     Exchange,
     ExchangeKind,
     Traffic,
+    count_batch,
     encode_batch,
     exchange_counts,
 )
@@ -28,7 +29,7 @@ from moesim.routing.marginals import marginal_exchanges
 from moesim.routing.placement import Placement
 from moesim.routing.synthetic import RoutingShape
 
-__all__ = ["BatchLoad", "load_points"]
+__all__ = ["BatchLoad", "load_points", "load_traffic"]
 
 FloatArray = NDArray[np.float64]
 _LARGEST_MATRIX = 64
@@ -138,6 +139,47 @@ def load_points(
     return BatchLoad(wanted, slots, exchanges, cap)
 
 
+def load_traffic(
+    source: RoutingSource,
+    shape: RoutingShape,
+    *,
+    n_tokens: int,
+    placement: Placement,
+    phase: Phase,
+    ranks_per_domain: int | None = None,
+    seed: int = 0,
+    max_tokens: int = 8192,
+) -> Traffic:
+    """Who sends to whom in the batch whose loads `load_points` gives at one size: the same draw.
+
+    Parameters
+    ----------
+    n_tokens
+        Tokens on each rank; those of `load_points`, as all else is.
+
+    Returns
+    -------
+    Traffic
+        (n_layers, n_ranks, n_ranks) copies; expectations above the size drawn, where they need not be whole.
+    """
+    cap = max(1, max_tokens // placement.n_ranks)
+    ids = _ids(source, shape, placement.n_ranks, phase, seed, cap)[:, :, : min(n_tokens, cap)]
+    drawn = count_batch(ids, placement, ranks_per_domain=ranks_per_domain).traffic
+    growth = max(n_tokens / cap, 1.0)
+    scaled = (
+        np.asarray(one * growth) for one in (drawn.copies_per_rank, drawn.copies_per_node, drawn.assignments)
+    )
+    return Traffic(*scaled)
+
+
+def _ids(
+    source: RoutingSource, shape: RoutingShape, n_ranks: int, phase: Phase, seed: int, cap: int
+) -> NDArray[np.uint16]:
+    """(n_layers, n_ranks, cap, top_k) the one draw behind all sizes."""
+    rng = np.random.default_rng([seed, n_ranks, cap])
+    return draw_batch(source, shape, n_ranks=n_ranks, n_tokens=cap, phase=phase, rng=rng)
+
+
 @dataclass(frozen=True, eq=False)
 class _Drawn:
     """One draw, counted after each of `cuts` tokens per rank."""
@@ -163,8 +205,7 @@ def _drawn(
     powers = [1 << k for k in range(cap.bit_length()) if 1 << k < cap]
     cuts = tuple(sorted({*powers, *more, cap}))
     n_ranks = placement.n_ranks
-    rng = np.random.default_rng([seed, n_ranks, cap])
-    ids = draw_batch(source, shape, n_ranks=n_ranks, n_tokens=cap, phase=phase, rng=rng)
+    ids = _ids(source, shape, n_ranks, phase, seed, cap)
     batch = encode_batch(ids, placement, ranks_per_domain=ranks_per_domain, n_tokens=cuts)
     return _Drawn(
         np.array(cuts),

@@ -70,6 +70,24 @@ def test_no_damage_gets_past_a_refusal(suffix: str, edits: list[Edit]) -> None:
             assert set(table.frame["dtype"]) == {"bfloat16"}
 
 
+@settings(max_examples=60, deadline=None)
+@given(cut=st.floats(0, 1))
+def test_a_table_cut_short_is_refused_or_ends_earlier(cut: float) -> None:
+    """No row has another value than was written."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.csv"
+        pd.DataFrame(ROWS).drop(columns=["cache", "held_out"]).to_csv(path, index=False)
+        content = path.read_bytes()
+        whole = read_table(path).frame
+        path.write_bytes(content[: int(cut * len(content))])
+        try:
+            table = read_table(path)
+        except MeasurementError as refused:
+            assert len(str(refused).splitlines()) == 1
+        else:
+            pd.testing.assert_frame_equal(table.frame, whole.iloc[: len(table.frame)])
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     latencies=st.lists(st.floats(1e-5, 1e-2), min_size=1, max_size=6),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -99,6 +101,82 @@ def test_tolerance_moves_ends_by_about_as_much(seed: int, tolerance: float) -> N
     flows = exchange(rng, np.arange(N_RANKS))
     program = Program(N_RANKS, (task("a", flows, "comm", 0.0),), network=Network(PORTS, tolerance))
     assert simulate(program).end_s.max() == pytest.approx(flows.alone_s.max(), rel=2 * tolerance)
+
+
+@few
+@given(seed=seeds)
+def test_collectives_of_one_task_go_by_themselves(seed: int) -> None:
+    """Each half starts when its own members are ready, with its own flows alone."""
+    rng = np.random.default_rng(seed)
+    halves = [exchange(rng, np.arange(3)), exchange(rng, np.arange(3, 6))]
+    joint = [np.concatenate(pair) for pair in zip(*(parts(one) for one in halves), strict=True)]
+    alone_s = halves[0].alone_s + halves[1].alone_s
+    group = np.array([0, 0, 0, 1, 1, 1])
+    late_s = np.array([[0.0, 0.0, 0.0, 2.0, 0.0, 0.0]])
+    tasks = (
+        Task("compute", "compute", late_s),
+        Task("both", "comm", alone_s, (0,), group, "dispatch", "nic", Flows(*joint, alone_s)),
+    )
+    program = Program(N_RANKS, tasks, network=Network(PORTS))
+    assert simulate(program).end_s[1] == pytest.approx(alone_s + np.where(group, 2.0, 0.0), rel=1e-9)
+
+
+@few
+@given(seed=seeds, n=st.integers(3, 5))
+def test_a_chain_of_overlapping_collectives_ends_as_solved_at_once(seed: int, n: int) -> None:
+    """Each starts while the one before is in flight, all on ranks of their own behind shared links."""
+    rng = np.random.default_rng(seed)
+    ports = np.concatenate([np.full(4 * n, 1e9), [1e9]])
+    tasks, starts_s, routes, sizes = [], [], [], []
+    for one in range(n):
+        source, target = np.array([2 * one]), np.array([2 * one + 1])
+        route, n_bytes = np.array([[source[0], 4 * n]]), np.array([float(rng.integers(2, 9)) * 1e6])
+        alone_s = np.zeros(2 * n)
+        alone_s[2 * one : 2 * one + 2] = n_bytes[0] / 1e9
+        group = np.full(2 * n, -1)
+        group[2 * one : 2 * one + 2] = 0
+        start_s = one * 1e-3
+        tasks.append(Task(f"wait {one}", "compute", np.array(start_s), (), group))
+        flows = Flows(source, target, route, n_bytes, np.zeros(1), alone_s)
+        tasks.append(Task(f"send {one}", "comm", alone_s, (2 * one,), group, "x", "nic", flows))
+        starts_s.append(start_s)
+        routes.append(route)
+        sizes.append(n_bytes)
+    ends_s = simulate(Program(2 * n, tuple(tasks), network=Network(ports))).end_s
+    wanted_s = solve_flows(
+        ports, np.concatenate(routes), np.concatenate(sizes), np.zeros(n), np.array(starts_s)
+    )
+    assert [ends_s[2 * one + 1, 2 * one] for one in range(n)] == pytest.approx(wanted_s.tolist(), rel=1e-9)
+
+
+def test_flows_and_a_task_without_share_their_class_of_link() -> None:
+    """The exchange's bytes have the network to themselves; a sum on another stream takes half of its NICs."""
+    flows = flows_of(*(np.array(x) for x in ([0], [1], [[0, 7]], [1e6], [0.0])))
+    group = np.array([0, 0, -1, -1, -1, -1])
+    sent = Task("dispatch", "comm", flows.alone_s, (), group, "dispatch", "nic", flows)
+    summed = Task("sum", "compute", np.full(N_RANKS, 1e-3), (), group, "all_reduce", "nic")
+    both = simulate(Program(N_RANKS, (sent, summed), network=Network(PORTS)))
+    assert both.end_s[:, 0] == pytest.approx([2e-3, 2e-3])
+    elsewhere = Task("sum", "compute", np.full(N_RANKS, 1e-3), (), group, "all_reduce", "nvlink")
+    apart = simulate(Program(N_RANKS, (sent, elsewhere), network=Network(PORTS)))
+    assert apart.end_s[:, 0] == pytest.approx([1e-3, 1e-3])
+
+
+def test_work_beside_the_bytes_hides_their_delay() -> None:
+    flows = flows_of(*(np.array(x) for x in ([0], [1], [[0, 7]], [1e6], [0.0])))
+    kept = replace(flows, beside_s=np.full(N_RANKS, 10e-3), sharpness=6.0)
+    assert flows.late_s(0, 3e-3) == pytest.approx(2e-3)
+    assert kept.late_s(0, 1e-3) == 0
+    assert 0 < kept.late_s(0, 3e-3) < 1e-5
+    # far beyond the work beside, bytes are all there is
+    assert kept.late_s(0, 1.0) == pytest.approx(1.0 - 10e-3, rel=1e-5)
+
+
+def test_a_flow_leaves_no_collective() -> None:
+    flows = flows_of(*(np.array(x) for x in ([0], [3], [[0, 9]], [1e6], [0.0])))
+    group = np.array([0, 0, 0, 1, 1, 1])
+    with pytest.raises(EngineError, match="a flow stays in its collective"):
+        Program(N_RANKS, (Task("a", "comm", flows.alone_s, (), group, flows=flows),), network=Network(PORTS))
 
 
 def test_a_rank_without_flows_is_done_at_once() -> None:

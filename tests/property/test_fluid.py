@@ -145,6 +145,21 @@ def test_flows_added_as_they_come_end_as_if_known_before(seed: int, name: str) -
 
 
 @few
+@given(seed=seeds, name=solvers, until_s=st.floats(0, 0.05))
+def test_looking_ahead_plays_nothing(seed: int, name: str, until_s: float) -> None:
+    case = random_case(seed)
+    with solver(name):
+        network = FluidNetwork(case.link_bytes_per_s)
+        numbers = network.add(*case[1:3], np.zeros(len(case.routes)))
+        network.advance(until_s)
+        left, wanted_s = network.ahead()
+        assert np.array_equal(np.sort(left), numbers[np.isnan(network.finish_s(numbers))])
+        assert network.now_s <= until_s
+        network.advance()
+        assert network.finish_s(left) == pytest.approx(wanted_s, rel=1e-9)
+
+
+@few
 @given(seed=seeds, name=solvers, tolerance=st.floats(1e-4, 0.2))
 def test_tolerance_bounds_the_error_and_saves_events(seed: int, name: str, tolerance: float) -> None:
     case = random_case(seed)

@@ -11,10 +11,14 @@ from moesim.errors import LayoutError
 from moesim.routing import (
     EXCHANGE_KINDS,
     Placement,
+    RoutingShape,
+    SyntheticRouting,
     contiguous,
     count_batch,
     eplb,
     exchange_counts,
+    load_points,
+    load_traffic,
     round_robin,
 )
 from moesim.routing.load import encode_batch
@@ -192,3 +196,18 @@ def test_batches_that_do_not_fit_are_refused():
         count_batch(ids, contiguous(4, 4))
     with pytest.raises(LayoutError, match="'multicast': unknown kind of exchange; fix: one of two_level"):
         exchange_counts(count_batch(ids, round_robin(8, 4)).traffic, "multicast")
+
+
+@pytest.mark.parametrize("n_ranks", [8, 72])
+@pytest.mark.parametrize("n_tokens", [1, 3, 16, 100])
+def test_traffic_of_a_size_has_the_sums_that_its_load_has(n_ranks, n_tokens):
+    """Of 16 tokens drawn a rank: fewer are its first, more are it scaled; above 64 ranks sums are counted apart."""
+    shape = RoutingShape(2, 144, 4)
+    asked = {"placement": contiguous(144, n_ranks), "phase": "decode", "ranks_per_domain": 8, "seed": 3}
+    drawn = {"source": SyntheticRouting.zipf(1.0), "shape": shape, **asked, "max_tokens": 16 * n_ranks}
+    traffic = load_traffic(n_tokens=n_tokens, **drawn)
+    wanted = load_points(tokens_per_rank=[n_tokens], **drawn)
+    for kind in EXCHANGE_KINDS:
+        found = exchange_counts(traffic, kind, ranks_per_domain=8)
+        for name in ("sent_nvlink", "received_nvlink", "sent_nic", "received_nic"):
+            np.testing.assert_allclose(getattr(found, name), getattr(wanted.exchanges[kind], name)[0])

@@ -114,7 +114,9 @@ def test_categories_and_families_book_the_same_time():
     booked = sum(one.category_s().values())
     np.testing.assert_allclose(sum(seconds for _, seconds in one.family_s().values()), booked)
     assert np.all(booked <= one.latency_s * (1 + 1e-9))
-    assert one.play(0).step_s == pytest.approx(float(one.latency_s[0]), rel=1e-6)
+    assert one.play(0, events=False).step_s == pytest.approx(float(one.latency_s[0]), rel=1e-6)
+    # routing is nearly even inside one node, and exchanges share links
+    assert one.play(0).step_s == pytest.approx(float(one.latency_s[0]), rel=1e-4)
 
 
 def test_dense_layers_know_no_dispatch():
