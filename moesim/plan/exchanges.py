@@ -25,9 +25,9 @@ __all__ = ["LinkedExchanges", "one_layer"]
 
 IntArray = NDArray[np.int64]
 
-MOST_FLOWS = 2_000_000 if find_spec("numba") else 60_000
+MOST_FLOWS = 2_000_000 if find_spec("numba") else 4_000
 """Flows of a step above which exchanges keep their price per port: 4 to 11 s of CPU."""
-EXACT_FLOWS = 150_000 if find_spec("numba") else 20_000
+EXACT_FLOWS = 150_000 if find_spec("numba") else 4_000
 """Flows of a step up to which links are solved exactly; beyond, to `TOLERANCE`."""
 TOLERANCE = 1e-2
 
