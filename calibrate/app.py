@@ -72,7 +72,7 @@ def fit(
     start = _base(base or [])
     with _needs_extra():
         from calibrate.fit.common import write_fragment
-        from calibrate.fit.registry import fit_tables
+        from calibrate.fit.registry import fit_tables, refitted
         from calibrate.tables import read_tables
     notes: list[str] = []
     with _progress("fitting", quiet=json) as say:
@@ -81,18 +81,24 @@ def fit(
             notes.append(line)
             say(line)
 
-        tables = read_tables(files, gpu=chip)
+        tables = read_tables(files, gpu=chip, note=note)
         families = fit_tables(tables, gpu=chip, base=start, note=note, names=[device])
-        families = [_sourced(one, source) for one in families]
+        new = refitted(families, start, chip)
+        families = [_sourced(one, source) if mine else one for one, mine in zip(families, new, strict=True)]
         write_fragment(output, chip.name, families)
+    briefs = [_brief(one, mine) for one, mine in zip(families, new, strict=True)]
     told = {
-        "profile": str(output), "device": chip.name, "families": [_brief(one) for one in families], "notes": notes,
+        "profile": str(output), "device": chip.name, "families": briefs, "notes": notes,
         "elapsed_s": time.perf_counter() - started,
     }  # fmt: skip
     if json:
         show.json_text(told)
         return
-    show.tables(fit_table(told), last=f"{output}: {len(families)} families in {told['elapsed_s']:.0f} s")
+    last = f"{output}: {len(families)} families in {told['elapsed_s']:.0f} s"
+    if kept := [one for one in briefs if not one["refitted"]]:
+        carried = sum(one["kind"] == "carried-over" for one in kept)
+        last = f"{len(kept)} families kept from {' '.join(base or [])} ({carried} carried over)\n{last}"
+    show.tables(*([fit_table(told)] if any(new) else []), last=last)
 
 
 @app.command()
@@ -119,9 +125,9 @@ def validate(
         from calibrate.fit.registry import predict_rows
         from calibrate.tables import read_tables
         from calibrate.validate.kernels import summary, validate_tables, write_page
-    with _progress("predicting", quiet=json):
+    with _progress("predicting", quiet=json) as say:
         predict = partial(predict_rows, gpu=chip, profile=told_profile)
-        tables = read_tables(files, gpu=chip)
+        tables = read_tables(files, gpu=chip, note=say)
         found = validate_tables(tables, told_profile, predict, held_out_only=held_out)
     told = summary(found, told_profile, profile)
     if html is not None:
@@ -252,9 +258,12 @@ def _sourced(family: Mapping[str, Any], source: str) -> dict[str, Any]:
     return {**family, "provenance": {**origin, "data": f"{source}: {origin['data']}"}}
 
 
-def _brief(family: Mapping[str, Any]) -> dict[str, Any]:
+def _brief(family: Mapping[str, Any], is_refitted: bool) -> dict[str, Any]:
+    from calibrate.fit.doubts import doubts
+
     origin = family["provenance"]
     return {
         "op": family["op"], "implementation": family["implementation"], "dtype": family["dtype"],
         "kind": origin["kind"], "n_points": origin.get("n_points", 0), "held_out": family.get("held_out"),
+        "refitted": is_refitted, "doubts": doubts(family) if is_refitted else [],
     }  # fmt: skip

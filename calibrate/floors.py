@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moesim.errors import HardwareError, MeasurementError
 from moesim.hardware import Gpu, list_gpus, load_gpu, weight_bytes_per_element
 
-__all__ = ["check_units", "floor_s"]
+__all__ = ["SLOW", "check_units", "far_rows", "floor_s"]
 
 FloatArray = NDArray[np.float64]
 
@@ -29,6 +29,8 @@ SLOW = 300.0
 """Times the floor and a launch that a median is taken for another unit; the slowest kernels measured take 30."""
 MICROSECONDS = 1e5
 """The same, from which it is microseconds that were written rather than milliseconds."""
+NANOSECONDS = 1e8
+"""The same, from which it is nanoseconds."""
 FAST = 1.0 / 3.0
 """Share of the floor below which a median is taken for another unit: caches and clocks explain less."""
 
@@ -79,14 +81,11 @@ def check_units(kind: str, rows: pd.DataFrame, place: str, gpu: Gpu | None = Non
     if rows.empty:
         return
     measured = rows.latency_s.to_numpy(dtype=float)
-    floor = np.zeros(len(rows))
-    for device, index in rows.groupby("device", sort=False).indices.items():
-        floor[index] = floor_s(kind, rows.iloc[index], _datasheet(str(device), gpu))
+    floor = _floors_s(kind, rows, gpu)
     median = f"median {float(np.median(measured)):.4g} s"
     slow = float(np.median(measured / (floor + _launch_s(kind, rows))))
-    own_network = rows.implementation.isin(("gloo", "nccl-sockets-one-gpu")).all()  # links of any rate
-    if slow >= SLOW and not own_network:
-        unit, by = ("microseconds", "1e6") if slow >= MICROSECONDS else ("milliseconds", "1000")
+    if slow >= SLOW and not _own_network(rows).all():
+        unit, by = _unit(slow)
         raise MeasurementError(
             f"is {float(f'{slow:.2g}'):,.0f} times what bytes over bandwidth, flops over peak and a launch take: "
             f"latency_s looks like {unit}",
@@ -105,6 +104,40 @@ def check_units(kind: str, rows: pd.DataFrame, place: str, gpu: Gpu | None = Non
             place=place,
             fix="give latency_s in seconds" + (" and the sizes in bytes" if "n_bytes" in rows else ""),
         )
+
+
+def far_rows(kind: str, rows: pd.DataFrame, gpu: Gpu | None = None) -> NDArray[np.bool_]:
+    """[n_rows] rows as slow as if their time were in another unit, in a table whose median is not.
+
+    Arguments as of `check_units`.
+    """
+    judged = ~(rows.device.astype(str).str.startswith("cpu") | _own_network(rows)).to_numpy()
+    far = np.zeros(len(rows), dtype=bool)
+    if judged.any():
+        some = rows[judged]
+        least = _floors_s(kind, some, gpu) + _launch_s(kind, some)
+        far[judged] = some.latency_s.to_numpy(dtype=float) >= SLOW * least
+    return far
+
+
+def _unit(slow: float) -> tuple[str, str]:
+    """Unit that times look written in, and what to divide them by."""
+    if slow >= NANOSECONDS:
+        return "nanoseconds", "1e9"
+    return ("microseconds", "1e6") if slow >= MICROSECONDS else ("milliseconds", "1000")
+
+
+def _own_network(rows: pd.DataFrame) -> pd.Series:
+    """[n_rows] rows of links of any rate."""
+    return rows.implementation.isin(("gloo", "nccl-sockets-one-gpu"))
+
+
+def _floors_s(kind: str, rows: pd.DataFrame, gpu: Gpu | None) -> FloatArray:
+    """Floor of rows of any devices [s]."""
+    floor = np.zeros(len(rows))
+    for device, index in rows.groupby("device", sort=False).indices.items():
+        floor[index] = floor_s(kind, rows.iloc[index], _datasheet(str(device), gpu))
+    return floor
 
 
 def _launch_s(kind: str, rows: pd.DataFrame) -> FloatArray:

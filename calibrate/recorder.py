@@ -13,6 +13,11 @@ from typing import Any, Self
 from calibrate.schema import KEY_OPTIONAL, Schema, Value, schema
 from moesim.errors import MeasurementError
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: files are not locked there
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["Recorder"]
 
 
@@ -30,11 +35,12 @@ class Recorder:
     Raises
     ------
     MeasurementError
-        If the file is of another kind, or holds a row that breaks a rule.
+        If the file is of another kind, or holds a row that breaks a rule, or another process writes it.
 
     Notes
     -----
-    One process writes a file: two would each miss the other's rows in `seen`. Ranks of a cluster let rank 0 write.
+    One process writes a file, which an advisory lock sees to where the system has one: two would each miss the
+    other's rows in `seen`. Ranks of a cluster let rank 0 write.
     """
 
     def __init__(self, path: Path | str, kind: str) -> None:
@@ -46,10 +52,14 @@ class Recorder:
         self._rows: list[dict[str, Value | None]] = []
         self._seen: dict[tuple[str, ...], set[tuple[Value | None, ...]]] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._continue()
         self._stream = self.path.open("a", encoding="utf-8", newline="")
-        if not self._stream.tell():
-            self._write(self._header)
+        try:
+            self._lock()
+            if not self._continue():
+                self._write(self._header)
+        except BaseException:
+            self._stream.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -122,8 +132,10 @@ class Recorder:
             return self.schema.columns[name].parse(value)
         except (TypeError, ValueError, OverflowError):
             rule = self.schema.columns[name].rule
-            shown = "nothing" if value is None or value == "" else value
-            raise MeasurementError(rule, value=shown, place=place or str(self.path)) from None
+            blank = value is None or value == ""
+            raise MeasurementError(
+                "is blank: " * blank + rule, value=None if blank else value, place=place or str(self.path)
+            ) from None
 
     def _write(self, cells: list[Any]) -> None:
         line = io.StringIO()
@@ -132,10 +144,23 @@ class Recorder:
         self._stream.flush()
         os.fsync(self._stream.fileno())
 
-    def _continue(self) -> None:
-        """Take up an older file."""
-        if not self.path.exists():
+    def _lock(self) -> None:
+        """Keep other processes from writing the file until it is closed."""
+        if fcntl is None:
             return
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MeasurementError(
+                "another process is writing this file",
+                place=str(self.path),
+                fix="wait for its end, or write elsewhere",
+            ) from None
+        except OSError:  # a network file system without locks
+            return
+
+    def _continue(self) -> bool:
+        """Take up an older file; whether it has a header."""
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         try:
@@ -155,6 +180,7 @@ class Recorder:
             self._remember(self._parsed(dict(zip(self._header, cells, strict=True)), place))
         if len(whole) < len(content):  # only now: a file of another kind is left as it is
             os.truncate(self.path, len(whole))
+        return bool(lines)
 
     def _check_header(self, header: list[str]) -> None:
         required = [column.name for column in self.schema.required]

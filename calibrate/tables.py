@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from calibrate.floors import check_units
+from calibrate.floors import SLOW, check_units, far_rows
 from calibrate.recorder import Recorder
 from calibrate.schema import SCHEMAS, Column, Schema, kind_of
 from moesim.errors import MeasurementError
@@ -86,9 +87,40 @@ def read_table(path: Path | str, *, gpu: Gpu | None = None) -> Table:
     return table
 
 
-def read_tables(paths: Iterable[Path | str], *, gpu: Gpu | None = None) -> list[Table]:
-    """Read several files; see `read_table`."""
-    return [read_table(path, gpu=gpu) for path in paths]
+def read_tables(
+    paths: Iterable[Path | str], *, gpu: Gpu | None = None, note: Callable[[str], None] | None = None
+) -> list[Table]:
+    """Read several files; see `read_table`.
+
+    Parameters
+    ----------
+    paths
+        Each file once: its rows would count twice.
+    gpu
+        As of `read_table`.
+    note
+        Takes a line on rows so slow that part of a file may be in another unit.
+    """
+    tables: list[Table] = []
+    known: set[Path] = set()
+    for path in paths:
+        if (whole := Path(path).resolve()) in known:
+            raise MeasurementError("is given twice", place=str(path), fix="name every file once")
+        known.add(whole)
+        tables.append(read_table(path, gpu=gpu))
+        if note is not None:
+            _note_far(tables[-1], gpu, note)
+    return tables
+
+
+def _note_far(table: Table, gpu: Gpu | None, note: Callable[[str], None]) -> None:
+    """Say which single rows are as far from what the datasheet allows as another unit would be."""
+    far = np.flatnonzero(far_rows(table.kind, table.frame, gpu))
+    if far.size:
+        note(
+            f"{table.line(int(far[0]))}: {far.size:,} of {len(table.frame):,} rows take at least {SLOW:.0f} times "
+            "what the datasheet asks for, this the first: another unit, or outliers?"
+        )
 
 
 def devices_of(tables: Iterable[Table]) -> list[str]:
@@ -111,13 +143,18 @@ class _Raw:
     def refuse(self, i: int, column: Column) -> MeasurementError:
         """Error that row `i` breaks the rule of a column."""
         value = self.cells[column.name][i]
-        blank = value is None or value != value or value == ""
+        blank = value is None or value == ""
+        # pandas writes NaN to Parquet as a cell without a value
+        absent = "is NaN or blank: " if value is None and column.type == "number" else "is blank: "
         return MeasurementError(
-            column.rule,
-            value="nothing" if blank and not isinstance(value, float) else value,
+            absent * blank + column.rule,
+            value=None if blank else value,
             place=_place(self.path, self.lines[i]),
-            fix=_nearest(str(value), column.choices),
+            fix=_nearest(str(value), column.choices) or (MEASURE_AGAIN if column.unit == "s" else None),
         )
+
+
+MEASURE_AGAIN = "measure the point again or delete the line"
 
 
 def _nearest(word: str, known: Iterable[str]) -> str | None:
@@ -154,19 +191,33 @@ def _read_csv(path: Path) -> _Raw:
         raise MeasurementError("is not text: it holds zero bytes", place=f"{path}:{line}")
     if not text.strip():
         raise MeasurementError("is empty", place=str(path), fix="measure first, or leave the file out")
+    _check_end(path, text)
     lines, rows = _csv_rows(path, text)
     header = [name.strip() for name in rows[0]]
     _check_header(header, f"{path}:1")
     for number, row in zip(lines[1:], rows[1:], strict=True):
         if len(row) != len(header):
-            cut = number == lines[-1] and not text.endswith("\n")
             raise MeasurementError(
-                f"has {len(row)} of {len(header)} cells" + (": the last line is cut off" if cut else ""),
+                f"has {len(row)} of {len(header)} cells",
                 place=f"{path}:{number}",
-                fix="delete the line" if cut else "one cell a column, commas between",
+                fix="one cell a column, commas between",
             )
     cells = [list(map(str.strip, column)) for column in zip(*rows[1:], strict=True)] or [[] for _ in header]
     return _Raw(path, dict(zip(header, cells, strict=True)), lines[1:])
+
+
+LINE_ENDS = ("\n", "\r")
+
+
+def _check_end(path: Path, text: str) -> None:
+    """Refuse a last line without an end: cut inside its last cell it would be read, with another value."""
+    start = max(text.rfind(end) for end in LINE_ENDS) + 1
+    if text[start:].strip():
+        raise MeasurementError(
+            "the last line has no end: it was cut short",
+            place=f"{path}:{max(text.count(end) for end in LINE_ENDS) + 1}",
+            fix="measure the point again or delete the line (if it is whole, end it with a newline)",
+        )
 
 
 def _csv_rows(path: Path, text: str) -> tuple[list[int], list[list[str]]]:
@@ -231,11 +282,7 @@ def _kind(raw: _Raw) -> Schema:
     """Kind of a file, by its operations and columns."""
     place = _place(raw.path, 1) if raw.path.suffix.lower() == ".csv" else str(raw.path)
     if "op" not in raw.cells:
-        raise MeasurementError(
-            "column op is missing",
-            place=place,
-            fix=_nearest("op", raw.cells) or "the first line names the columns; see docs/calibration.md",
-        )
+        raise _without_op(raw.cells, place)
     ops = list(dict.fromkeys(raw.cells["op"]))
     if not ops:
         raise MeasurementError(
@@ -255,12 +302,44 @@ def _kind(raw: _Raw) -> Schema:
                     fix="one kind a file",
                 )
             raise MeasurementError(
-                f"op must be one of {', '.join(dict.fromkeys(known))}",
-                value=op if op is not None else "nothing",
+                ("" if op else "is blank: ") + f"op must be one of {', '.join(dict.fromkeys(known))}",
+                value=op or None,
                 place=here,
                 fix=_nearest(str(op), known),
             )
     return found  # type: ignore[return-value]  # every op was found in it
+
+
+SERVING = {"isl", "osl", "concurrency", "tpot_s"}
+"""Columns that only a table of serving benchmarks has."""
+
+
+def _without_op(columns: Iterable[str], place: str) -> MeasurementError:
+    """Error that a file does not say what was measured."""
+    names = list(columns)
+    if len(names) == 1:  # another separator makes one column of all
+        for mark, word in ((";", "semicolons"), ("\t", "tabs")):
+            if names[0].count(mark) > 1:
+                return MeasurementError(
+                    f"cells are parted by {word}, not by commas", place=place, fix="save it with commas"
+                )
+    if set(names) >= SERVING:
+        return MeasurementError(
+            "is a table of serving benchmarks, not of kernels",
+            place=place,
+            fix="python -m calibrate.validate.serving FOLDER, which holds measured/serving.csv",
+        )
+    nearest = max(SCHEMAS.values(), key=lambda one: len(set(names) & set(one.columns)))
+    if len(set(names) & set(nearest.columns)) > len(names) / 2:
+        fix = _wanted(nearest)
+    else:
+        fix = "the first line names the columns; docs/calibration.md has those of every kind"
+    return MeasurementError("column op is missing", place=place, fix=fix)
+
+
+def _wanted(kind: Schema) -> str:
+    """Header that a kind needs."""
+    return f"the header of {kind.kind} is {','.join(column.name for column in kind.required)}"
 
 
 def _check_columns(raw: _Raw, kind: Schema) -> None:
@@ -273,7 +352,7 @@ def _check_columns(raw: _Raw, kind: Schema) -> None:
         raise MeasurementError(
             f"{kind.kind} measurements need the column{'s' * (len(missing) > 1)} {', '.join(missing)}",
             place=place,
-            fix=", ".join(fixes) or None,
+            fix=", ".join(fixes) if len(fixes) == len(missing) else _wanted(kind),
         )
     if extra:
         free = [name for name in kind.columns if name not in raw.cells]

@@ -26,6 +26,7 @@ class FakeDevice:
         self.in_graph = False
         self.events: list[Any] = []
         self.captures = 0
+        self.dead = False
 
     def free_bytes(self) -> int:
         return self._free_bytes
@@ -34,7 +35,8 @@ class FakeDevice:
         self.events.append("release")
 
     def synchronize(self) -> None:
-        pass
+        if self.dead:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def flush_cache(self) -> None:
         self.cached.clear()

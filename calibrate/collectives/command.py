@@ -50,7 +50,7 @@ def collectives(
     """Measure collectives between the ranks that torchrun started (see docs/calibration.md)."""
     from calibrate.collectives.points import DTYPE_BYTES, OPS, parse_sizes
     from calibrate.collectives.world import rank_of
-    from calibrate.run.command import parse_budget
+    from calibrate.run.options import parse_budget
 
     me = rank_of(os.environ)
     try:
@@ -64,7 +64,7 @@ def collectives(
             ops=_chosen(ops, OPS, "--ops") or OPS,
             dtype=(_chosen(dtype, tuple(DTYPE_BYTES), "--dtype") or ("bfloat16",))[0],
             budget_s=parse_budget(budget) if budget else None,
-            timeout_s=parse_budget(timeout),
+            timeout_s=parse_budget(timeout, "--timeout"),
             trace=trace,
             device=device,
             one_gpu=one_gpu_sockets,

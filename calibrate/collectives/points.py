@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesim.errors import MeasurementError
+from moesim.errors import MeasurementError, UnitError
 from moesim.units import parse_bytes
 
 __all__ = ["DTYPE_BYTES", "OPS", "Point", "parse_sizes"]
@@ -47,7 +47,11 @@ def parse_sizes(text: str) -> list[int]:
     if len(ends) > 2 or not all(word.strip() for word in words):
         fix = "write 1KiB..1GiB, or sizes with commas between"
         raise MeasurementError("is no range of sizes", value=text, fix=fix, place="--sizes")
-    sizes = [int(parse_bytes(word)) for word in words]
+    try:
+        sizes = [int(parse_bytes(word)) for word in words]
+    except UnitError as error:
+        fix = "write 1KiB..1GiB, or sizes with commas between"
+        raise UnitError(error.rule, value=text, fix=fix, place="--sizes") from None
     if min(sizes) < 1 or (len(ends) == 2 and sizes[0] > sizes[1]):
         raise MeasurementError("sizes ascend from one byte", value=text, place="--sizes")
     if len(ends) < 2:

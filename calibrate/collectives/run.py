@@ -83,8 +83,10 @@ def measure_collectives(wanted: Wanted, me: Rank) -> Outcome:
 def _opened(wanted: Wanted) -> tuple[Recorder, RoutingSource | None]:
     """Rank 0's file, and the routing that uneven splits are drawn from."""
     from calibrate.recorder import Recorder
+    from calibrate.run.options import check_file
     from moesim.routing import default_routing, open_trace
 
+    check_file(wanted.out)
     source = None
     if "all_to_all" in wanted.ops:
         source = open_trace(wanted.trace) if wanted.trace else default_routing()

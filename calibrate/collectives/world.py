@@ -130,12 +130,19 @@ class World:
         n_devices = self.torch.cuda.device_count() if self.torch.cuda.is_available() else 0
         index = 0 if self.one_gpu else self.me.local_rank
         if index >= n_devices or not self.dist.is_nccl_available():
+            if self.one_gpu:
+                raise HardwareError(
+                    f"needs one CUDA GPU and NCCL: torch {self.torch.__version__} sees {n_devices}",
+                    place="--one-gpu-sockets",
+                    fix="run on a machine with a GPU, or use --backend gloo without it",
+                )
             raise HardwareError(
                 f"NCCL needs a CUDA GPU for every rank: torch {self.torch.__version__} sees {n_devices} for "
                 f"{self.me.n_local} on this host",
                 value="nccl",
                 place="--backend",
-                fix="use --backend gloo, start fewer ranks, or for one GPU --one-gpu-sockets",
+                fix="use --backend gloo"
+                + (", or start fewer ranks, or for one GPU --one-gpu-sockets" if n_devices else ""),
             )
         if self.one_gpu:
             for name, value in {**ONE_GPU, "NCCL_HOSTID": f"rank{self.me.rank}"}.items():

@@ -13,15 +13,19 @@ import pandas as pd
 
 from calibrate.fit.common import FloatArray, Prediction
 from calibrate.fit.family import (
+    WARM,
     Kernel,
     Key,
     Method,
     Note,
     Spec,
     Values,
+    cold_rows,
     fit_family,
     newest_software,
     predict_by_family,
+    seen_rows,
+    with_cache,
 )
 from calibrate.fit.mla_block import decode_block_s, missing_family
 from moesim.cost.attention import Heads, decode_kernel_s, prefill_kernel_s
@@ -78,6 +82,11 @@ _SEQUENCE = {"sequence_s": (5e-9, 1e-11, 1e-6)}
 _WINDOW = {"window_s": (2e-6, 1e-8, 1e-5), "window_steps": (1.0, 1.0, 1.0)}
 _CAST = {"cast_fraction": (0.2, 0.02, 0.95)}
 _LATENT = {"compute_fraction": (0.68, 0.4, 0.9)}
+_ANY_RATE = {
+    "launch_s": (1e-6, 2e-4), "hbm_fraction": (0.01, 0.95), "l2_ratio": (0.05, 8.0), "unit_s": (1e-8, 1e-4),
+    "compute_fraction": (0.01, 0.95),
+}  # fmt: skip
+"""Bounds for a kernel of which nothing is known."""
 _COLUMNS = ["batch", "n_query", "n_context", "n_heads", "n_kv_heads", "head_dim", "window"]
 
 
@@ -91,6 +100,8 @@ def kernel_of(op: str, kind: str, implementation: str, dtype: str) -> Kernel:
         ranges |= {"append_wide_fraction": (0.2, 0.01, 0.95)}
         ranges |= (_WINDOW | _SEQUENCE if decode else {}) | (_CAST if fp8 else {})
         ranges |= {"wide_power": (1.0, 0.05, 3.0)} if fp8 else {}
+    if implementation not in NAMES:
+        ranges |= {name: (row[0], *_ANY_RATE[name]) for name, row in ranges.items() if name in _ANY_RATE}
     spec: Spec = {name: (*row, _MEANING[name]) for name, row in ranges.items()}
     return Kernel(op, NAMES.get(implementation, implementation), dtype, spec)
 
@@ -126,7 +137,8 @@ def fit_table(
         if len(part) < len(every):
             wide = len(every) - len(part)
             note(f"{op} {implementation}: {wide} rows not fitted: heads wider than {WIDEST_HEAD}")
-        if part.empty:
+        part = cold_rows(part, note)
+        if not seen_rows(part).any():
             continue
         found.append(
             fit_family(
@@ -150,7 +162,9 @@ def predict_table(rows: pd.DataFrame, *, gpu: Gpu, profile: Profile) -> Predicti
     """Times of measured attention, and of DeepSeek-V3's attention block at decode; NaN with a reason elsewhere."""
 
     def locate(values: tuple[Any, ...]) -> Key | str:
-        op, _, implementation, dtype, wide = values
+        op, _, implementation, dtype, wide, cache = values
+        if cache == "warm":
+            return WARM
         if op == "mla_block_prefill":
             return "a prefill block launched kernel by kernel waits for its host, which has no model"
         if op == "mla_block_decode":
@@ -177,5 +191,5 @@ def predict_table(rows: pd.DataFrame, *, gpu: Gpu, profile: Profile) -> Predicti
     kind = kind.fillna("mla")
     width = rows["head_dim"] if "head_dim" in rows else pd.Series(0, index=rows.index)
     wide = (kind == "gqa") & (width.fillna(0).astype(float) > WIDEST_HEAD)
-    columns = ["op", "kind", "implementation", "kv_dtype", "wide"]
-    return predict_by_family(rows.assign(kind=kind, wide=wide), columns, locate, profile, price)
+    columns = ["op", "kind", "implementation", "kv_dtype", "wide", "cache"]
+    return predict_by_family(with_cache(rows).assign(kind=kind, wide=wide), columns, locate, profile, price)

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from calibrate.fit.common import FloatArray, Prediction
+from calibrate.fit.doubts import n_free
 from calibrate.fit.family import (
     Kernel,
     Key,
@@ -103,12 +104,21 @@ def fit_table(
 
 
 def _elementwise(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Kernels bound by memory: a graph's launch, and the rate of a long copy."""
+    """Kernels bound by memory: a graph's launch, and the rate of a long copy; the worse of their errors."""
     by_name = {(one["op"], one["implementation"]): one for one in found}
     launch, copy = by_name.get(("launch", "graph")), by_name.get(("hbm_copy", "cuda"))
     if launch is None or copy is None:
         return []
     parts = [one["provenance"] for one in (launch, copy)]
+    if any(one["provenance"]["n_points"] < n_free(one) for one in (launch, copy)):
+        return []
+    held = [one for one in (launch, copy) if one.get("held_out")]
+    worse = max(held, key=lambda one: one["held_out"]["median_ape"], default=None)
+    error = (
+        {"held_out": {**worse["held_out"], "split": f"{worse['op']}: {worse['held_out']['split']}"}}
+        if worse
+        else {}
+    )
     return [
         {
             "op": "elementwise", "implementation": "fused", "dtype": "any",
@@ -120,6 +130,7 @@ def _elementwise(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "kind": "fitted", "data": "; ".join(part["data"] for part in parts),
                 "n_points": sum(part["n_points"] for part in parts),
             },
+            **error,
         }
     ]  # fmt: skip
 

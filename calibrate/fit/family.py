@@ -18,9 +18,32 @@ from calibrate.statistics import ape_stats
 from moesim.hardware.profile import Family, Profile
 
 __all__ = [
-    "MARKED", "N_FOLDS", "PRIOR_WEIGHT", "Kernel", "Key", "Method", "Note", "Predict", "Price", "Spec", "Values",
-    "assumed_family", "carried_family", "family_entry", "fit_family", "fitted_values", "is_blind", "known_family",
-    "newest_software", "predict_by_family", "provenance_text", "say", "seen_rows",
+    "MARKED",
+    "N_FOLDS",
+    "PRIOR_WEIGHT",
+    "WARM",
+    "Kernel",
+    "Key",
+    "Method",
+    "Note",
+    "Predict",
+    "Price",
+    "Spec",
+    "Values",
+    "assumed_family",
+    "carried_family",
+    "cold_rows",
+    "family_entry",
+    "fit_family",
+    "fitted_values",
+    "is_blind",
+    "known_family",
+    "newest_software",
+    "predict_by_family",
+    "provenance_text",
+    "say",
+    "seen_rows",
+    "with_cache",
 ]  # fmt: skip
 
 Spec = Mapping[str, tuple[float, float, float, str]]
@@ -39,6 +62,8 @@ Price = Callable[[pd.DataFrame, Values, Key], FloatArray]
 PRIOR_WEIGHT = 1.5
 """How strongly parameters stay near another profile's; see `fit_log_least_squares`."""
 N_FOLDS = 5
+WARM = "measured with its operands in the level-2 cache, where a step does not find them"
+"""Why a row is not fitted or predicted, where a model has its operands in memory."""
 MARKED = "rows measured to be held out"
 """Split of a table that says itself which rows no fit may see."""
 
@@ -118,6 +143,25 @@ def newest_software(rows: pd.DataFrame, note: Note) -> pd.DataFrame:
     name = rows["implementation"].iloc[0]
     note(f"{name}: {counts.iloc[:-1].sum()} rows of other software than {kept} are not fitted")
     return rows[rows["software"] == kept]
+
+
+def with_cache(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with a column ``cache``: ``cold``, ``warm``, or empty where the table does not say."""
+    return rows.assign(cache=rows["cache"].fillna("") if "cache" in rows else "")
+
+
+def cold_rows(rows: pd.DataFrame, note: Note) -> pd.DataFrame:
+    """Rows but those of a warm cache.
+
+    Between two calls of a layer a step reads all other layers: its weights, and its part of the KV cache, are in
+    memory again.
+    """
+    warm = with_cache(rows)["cache"] == "warm"
+    if warm.any():
+        note(
+            f"{rows['op'].iloc[0]} {rows['implementation'].iloc[0]}: {int(warm.sum())} rows not fitted: {WARM}"
+        )
+    return rows[~warm]
 
 
 def provenance_text(rows: pd.DataFrame, source: str) -> str:

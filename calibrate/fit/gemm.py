@@ -13,15 +13,19 @@ import pandas as pd
 from calibrate.fit.assumed import assumed_dense
 from calibrate.fit.common import FloatArray, Prediction
 from calibrate.fit.family import (
+    WARM,
     Kernel,
     Key,
     Method,
     Note,
     Spec,
     Values,
+    cold_rows,
     fit_family,
     newest_software,
     predict_by_family,
+    seen_rows,
+    with_cache,
 )
 from moesim.cost.gemm import gemm_kernel_s, launched_s
 from moesim.errors import HardwareError
@@ -34,13 +38,16 @@ TABLES = ("gemm",)
 METHOD = Method(("n", "k"), max_rows=3000, max_evaluations=40)
 
 NAMES = {
+    "torch:linear": "torch-cublas",
     "vllm:torch.nn.functional.linear": "torch-cublas",
     "vllm:CutlassFP8ScaledMMLinearKernel": "vllm-cutlass",
     "vllm:CutlassFp8BlockScaledMMKernel": "vllm-cutlass",
     "vllm:DeepGemmFp8BlockScaledMMKernel": "vllm-deepgemm",
     "vllm:FlashInferFp8BlockScaledMMKernel": "vllm-flashinfer",
 }
-"""Implementation in the measured table to that of the profile; others keep their name."""
+"""Implementation in the measured table to that of the profile; others keep their name. `torch:linear` is the kernel
+that vLLM's bfloat16 layers call, and both were timed in graphs or with the GPU kept busy, so no host time is in either:
+they are one family."""
 
 _SPEC: Spec = {
     "launch_s": (2.4e-6, 1e-6, 5e-6, "first to last thread block of an empty kernel in a CUDA graph [s]"),
@@ -117,9 +124,17 @@ def _unseen(spec: Spec, **held: float) -> Spec:
     return {name: (*limits.get(name, row[:3]), row[3]) for name, row in spec.items()}
 
 
+def _any_rate(spec: Spec) -> Spec:
+    """`spec` for a kernel of which nothing is known: slower launches, and lower shares of the peaks."""
+    limits = {"launch_s": (1e-6, 1e-4), "compute_fraction": (0.02, 1.0), "hbm_fraction": (0.02, 0.95)}
+    limits |= {"write_fraction": (0.02, 0.95), "l2_ratio": (0.1, 10.0)}
+    return {name: (row[0], *limits.get(name, row[1:3]), row[3]) for name, row in spec.items()}
+
+
 _EAGER = _unseen({**_SPEC, **_WHOLE, **_CAST, **_HOST})
 _SPECS: dict[tuple[str, str], Spec] = {
     ("torch-cublas", "bfloat16"): _SPEC,
+    ("torch:linear", "bfloat16"): _any_rate(_SPEC),
     ("vllm-cutlass", "fp8"): _LADDER,
     ("vllm-deepgemm", "fp8_block"): _EAGER,
     ("vllm-flashinfer", "fp8_block"): _unseen(
@@ -134,12 +149,15 @@ def kernel_of(implementation: str, dtype: str) -> Kernel:
 
     Notes
     -----
-    A library that is not known is taken to pick the fastest tile and cut; in fp8 it may cast its activations.
+    A library that is not known is taken to pick the fastest tile and cut, at whatever rates; in fp8 it may cast its
+    activations.
     """
     name = NAMES.get(implementation, implementation)
     quantised = {**_SPEC, **_CAST, "quantise_s": (1e-6, 1e-9, 5e-6, _CAST["quantise_s"][3])}
-    generic: Spec = _SPEC if dtype in ("bfloat16", "w4a16_mxfp4") else quantised
-    return Kernel("gemm", name, dtype, _SPECS.get((name, dtype), generic))
+    generic = _any_rate(_SPEC if dtype in ("bfloat16", "w4a16_mxfp4") else quantised)
+    return Kernel(
+        "gemm", name, dtype, _SPECS.get((implementation, dtype), _SPECS.get((name, dtype), generic))
+    )
 
 
 def predicted_s(rows: pd.DataFrame, values: Values, gpu: Gpu, dtype: str) -> FloatArray:
@@ -168,11 +186,16 @@ def fit_table(
         Who measured, for the provenance.
     """
     found = []
-    for (implementation, dtype), part in rows.groupby(["implementation", "dtype"], sort=False):
+    names = rows["implementation"].map(lambda name: NAMES.get(name, name))
+    for (implementation, dtype), every in rows.groupby([names, "dtype"], sort=False):
+        part = cold_rows(every, note)
+        if not seen_rows(part).any():
+            continue
         if (reason := _unpriced(gpu, dtype)) is not None:
             note(f"gemm {implementation}: {len(part)} rows not fitted: {reason}")
             continue
-        kernel, kept = kernel_of(implementation, dtype), newest_software(part, note)
+        kept = newest_software(part, note)
+        kernel = kernel_of(kept["implementation"].iloc[0], dtype)
         found.append(
             fit_family(
                 kernel,
@@ -199,10 +222,12 @@ def predict_table(rows: pd.DataFrame, *, gpu: Gpu, profile: Profile) -> Predicti
     """Times of measured products; NaN with a reason where the profile has no family."""
 
     def locate(values: tuple[Any, ...]) -> Key | str:
-        implementation, dtype = values
+        implementation, dtype, cache = values
+        if cache == "warm":
+            return WARM
         return _unpriced(gpu, dtype) or ("gemm", NAMES.get(implementation, implementation), dtype)
 
     def price(part: pd.DataFrame, values: Values, key: Key) -> FloatArray:
         return predicted_s(part, values, gpu, key[2])
 
-    return predict_by_family(rows, ["implementation", "dtype"], locate, profile, price)
+    return predict_by_family(with_cache(rows), ["implementation", "dtype", "cache"], locate, profile, price)

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from calibrate.fit.assumed import merged
 from calibrate.fit.common import FloatArray, Prediction
-from calibrate.fit.family import carried_family
+from calibrate.fit.doubts import doubts, n_free
+from calibrate.fit.family import carried_family, known_family
 from calibrate.tables import Table, devices_of
 from moesim.errors import MeasurementError
 from moesim.hardware import Gpu, Profile
 
-__all__ = ["FitModule", "fit_modules", "fit_tables", "predict_rows", "rows_of"]
+__all__ = ["FitModule", "fit_modules", "fit_tables", "predict_rows", "refitted", "rows_of"]
 
 Note = Callable[[str], None]
 
@@ -110,7 +111,8 @@ def fit_tables(
     gpu
         The device; rows of others are left out.
     base
-        Profile to start from. What no row refits is kept, as carried over where it is of another device.
+        Profile to start from. What no row refits, or fewer rows than parameters, is kept, as carried over where it
+        is of another device.
     note
         Takes one line of progress.
     names
@@ -137,6 +139,7 @@ def fit_tables(
             note(f"{table.path.name}: left out, it has no row of {gpu.name}")
     used = fit_modules() if modules is None else modules
     families: list[dict[str, Any]] = []
+    fitted = False
     served: set[str] = set()
     for module in used:
         rows = rows_of(tables, module, used, devices)
@@ -144,18 +147,49 @@ def fit_tables(
             note(f"{', '.join(sorted(set(rows['op'])))}: {len(rows):,} rows")
             rows = _with_rows_to_fit(rows, note)
         if len(rows):
-            families += module.fit_table(rows, gpu=gpu, base=_so_far(base, families, gpu), note=note)
+            found_here = module.fit_table(rows, gpu=gpu, base=_so_far(base, families, gpu), note=note)
+            fitted |= bool(found_here)
+            families += _trusted(found_here, base, note)
         served |= set(module.TABLES)
     for kind in dict.fromkeys(table.kind for table in tables):
         if kind not in served:
             note(f"{kind}: kept out of the profile, which has no parameters for it")
-    if not families:
+    if not fitted:
         raise MeasurementError(
             "none of these measurements can be fitted",
             place=", ".join(str(table.path) for table in tables),
             fix="docs/calibration.md says which kinds a profile has parameters for",
         )
     return merged([*_kept(base, gpu), *families])
+
+
+def refitted(families: Iterable[Mapping[str, Any]], base: Profile | None, gpu: Gpu) -> list[bool]:
+    """Which families `fit_tables` did not take from the base."""
+    kept = _kept(base, gpu)
+    return [family not in kept for family in families]
+
+
+def _trusted(found: Sequence[dict[str, Any]], base: Profile | None, note: Note) -> list[dict[str, Any]]:
+    """Families without those that fewer rows than parameters decided on, where the base has them; doubts are noted."""
+
+    def in_base(one: Mapping[str, Any]) -> bool:
+        return known_family(base, (one["op"], one["implementation"], one["dtype"])) is not None
+
+    out: list[dict[str, Any]] = []
+    for one in found:
+        name = f"{one['op']} {one['implementation']} {one['dtype']}"
+        n_rows, n_needed = one["provenance"].get("n_points", 0), n_free(one)
+        if base is not None and one["provenance"]["kind"] == "fitted" and n_rows < n_needed and in_base(one):
+            note(
+                f"{name}: {n_rows} rows for {n_needed} parameters: those of {base.device}'s profile are kept"
+            )
+            continue
+        out.append(one)
+        if against := doubts(one):
+            note(f"{name}: doubtful fit: {', '.join(against)}")
+    if len(out) < len(found):  # what is assumed from a fit goes with it
+        out = [one for one in out if one["provenance"]["kind"] != "assumed" or not in_base(one)]
+    return out
 
 
 def _with_rows_to_fit(rows: pd.DataFrame, note: Note) -> pd.DataFrame:
@@ -168,8 +202,8 @@ def _with_rows_to_fit(rows: pd.DataFrame, note: Note) -> pd.DataFrame:
         .groupby([rows[name] for name in names], dropna=False)
         .transform("any")
     )
-    for key in dict.fromkeys(rows.loc[~free, names].astype(str).agg(" ".join, axis=1)):
-        note(f"{key}: not fitted, every row is held out")
+    for key in rows.loc[~free, names].drop_duplicates().itertuples(index=False):
+        note(f"{' '.join(str(word) for word in key if pd.notna(word))}: not fitted, every row is held out")
     return rows[free].reset_index(drop=True)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json as json_text
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesim.errors import MeasurementError
-from moesim.units import parse_seconds
+from calibrate.run.options import check_folder, parse_budget
+from moesim.errors import HardwareError, MeasurementError
 
 if TYPE_CHECKING:
     from calibrate.run.design import Candidate
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from calibrate.run.session import Outcome
     from moesim.hardware import Gpu
 
-__all__ = ["app", "parse_budget", "tell"]
+__all__ = ["app", "tell"]
 
 app = typer.Typer(
     help="Measure this machine. An interrupted run goes on where it was when the same command is given again.",
@@ -34,8 +36,9 @@ app = typer.Typer(
 
 DEFAULT_GPU = "h200-sxm"
 """Datasheet and base profile behind estimates where no GPU is there to ask."""
+DEFAULT_BUDGET = "150s"
+"""Of measuring within everything: with it the limits of all steps add up to eight minutes."""
 INTERRUPTED = 130
-_MINUTES = {"m": "min", "h": "h", "s": "s"}
 
 Budget = Annotated[
     str | None,
@@ -87,18 +90,21 @@ def transfers(
 @app.command()
 def everything(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Where all files go.")],
-    budget: Annotated[str, typer.Option(metavar="TIME", help="Time for kernels and transfers.")] = "4m",
+    budget: Annotated[
+        str, typer.Option(metavar="TIME", help="Time for kernels and transfers.")
+    ] = DEFAULT_BUDGET,
     base: Annotated[
         str, typer.Option(metavar="PROFILE", help="Profile that the fit starts from.")
     ] = DEFAULT_GPU,
     device: DeviceName = "cuda",
 ) -> None:
-    """Do all that one GPU is needed for: GPU tests, measuring, NCCL's code path, fit, validation."""
+    """Do all that one GPU is needed for: GPU tests, measuring, NCCL's code path, fit, validation, tiles."""
     from calibrate.run.device import check_device
     from calibrate.run.everything import run_steps, steps
     from moesim.cli import show
 
     budget_s = parse_budget(budget)
+    check_folder(out)
     check_device(device)  # refuse an absent GPU before any step
     out = out.resolve()
     done = list(run_steps(steps(out, device=device, budget_s=budget_s, base=base), print))
@@ -116,37 +122,24 @@ def _measure(
     groups: Sequence[str], out: Path | None, budget: str | None, device: str, gpu: str | None, seed: int,
     *, list_: bool, json: bool,
 ) -> None:  # fmt: skip
+    from calibrate.run.device import check_device_name
+
     budget_s = None if budget is None else parse_budget(budget)
+    check_device_name(device)
     if list_:
         scope, chip = _asked(device, gpu)
         _show_list(_planned(groups, scope, chip), budget_s, json=json)
         return
     if out is None:
         raise MeasurementError("say where the files go", place="-o", fix="add -o calibrate/measured/NAME")
+    check_folder(out)
     from calibrate.run.device import open_device
 
     machine = open_device(device)
     scope, chip = _asked(device, gpu, machine.name)
     scope = replace(scope, memory_bytes=min(scope.memory_bytes, machine.free_bytes()))
     planned = _planned(groups, scope, chip)
-    tell(_measured(machine, out, planned, budget_s, seed), out, json=json)
-
-
-def parse_budget(text: str) -> float:
-    """Read a time such as ``6m``, ``90s`` or ``1.5 h`` [s]; ``6 min`` too.
-
-    Raises
-    ------
-    UnitError
-        If it is no time.
-    MeasurementError
-        If it is nothing.
-    """
-    number, unit = text.rstrip("mhs "), text[len(text.rstrip("mhs ")) :].strip()
-    seconds = parse_seconds(f"{number} {_MINUTES[unit]}" if unit in _MINUTES else text)
-    if seconds <= 0:
-        raise MeasurementError("must be above 0", value=text, place="--budget", fix="--budget 6m")
-    return seconds
+    tell(_measured(machine, out, planned, budget_s, seed), out, json=json, steady=device != "cpu")
 
 
 def _asked(device: str, gpu: str | None, found: str = "") -> tuple[Scope, Gpu]:
@@ -154,7 +147,12 @@ def _asked(device: str, gpu: str | None, found: str = "") -> tuple[Scope, Gpu]:
     from calibrate.run.points import Scope
     from moesim.hardware import gpu_names, load_gpu
 
-    chip = load_gpu(gpu or (found if found in gpu_names() else DEFAULT_GPU))
+    try:
+        chip = load_gpu(gpu or (found if found in gpu_names() else DEFAULT_GPU))
+    except HardwareError as error:
+        raise HardwareError(
+            error.rule, value=error.value, fix=error.fix, place=error.place or "--gpu"
+        ) from None
     return Scope(chip.memory_bytes, "fp8" in chip.flops_per_s, cpu=device == "cpu"), chip
 
 
@@ -169,20 +167,47 @@ def _measured(
     machine: Any, out: Path, planned: Sequence[Candidate], budget_s: float | None, seed: int
 ) -> Outcome:
     from calibrate.run.cases import build_case, sentinel
-    from calibrate.run.session import Session
+    from calibrate.run.session import HANG_S, Session
 
-    session = Session(machine, out, build_case, sentinel(machine), seed=seed)
     try:
-        with _bar(len(planned)) as progress:
-            return session.run(planned, budget_s=budget_s, progress=progress)
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file system that makes no folders
+        rule = f"cannot be made: {error.strerror}"
+        raise MeasurementError(rule, value=str(out), place="-o", fix="name another folder") from None
+    session: Session | None = None
+    try:
+        with _first_interrupt_only():
+            session = Session(machine, out, build_case, sentinel(machine), seed=seed, hang_s=HANG_S)
+            with _bar(len(planned)) as progress:
+                return session.run(planned, budget_s=budget_s, progress=progress)
     except KeyboardInterrupt:
-        done = session.outcome
+        n_done = 0 if session is None else session.outcome.n_measured + session.outcome.n_before
         print(
-            f"interrupted: {done.n_measured + done.n_before} of {done.n_points} points are in {out}; "
+            f"interrupted: {n_done} of {len(planned)} points are in {out}; "
             "the same command goes on from there",
             file=sys.stderr,
         )
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _first_interrupt_only() -> Iterator[None]:
+    """Let one Ctrl-C end what runs within; further ones, from impatience, must not end the ending of it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # for good: the program ends
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is stop:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -261,9 +286,20 @@ def _family_row(name: str, row: Mapping[str, float]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def tell(outcome: Outcome, out: Path, *, json: bool) -> None:
-    """Say what came of a run; a kernel that computes something else is an error."""
-    from calibrate.run.session import DRIFT_LIMIT, LOG
+def tell(outcome: Outcome, out: Path, *, json: bool, steady: bool = True) -> None:
+    """Say what came of a run; a kernel that computes something else, or ends the process, is an error.
+
+    Parameters
+    ----------
+    outcome, out
+        The run and its folder.
+    json
+        One JSON object.
+    steady
+        Whether the device's clock is steady enough for its drift to be a reason for doubt: not a processor's.
+    """
+    from calibrate.run.lost import LOG
+    from calibrate.run.session import DRIFT_LIMIT
 
     if json:
         print(json_text.dumps(vars(outcome) | {"folder": str(out), "drift": outcome.drift}))
@@ -278,9 +314,16 @@ def tell(outcome: Outcome, out: Path, *, json: bool) -> None:
             print(
                 f"{len(outcome.skipped)} points skipped, reasons in {out / LOG}; first: {outcome.skipped[0]}"
             )
+        if outcome.lost:
+            print(
+                f"{len(outcome.lost)} points left out, since an earlier run ended in them (take them out of "
+                f"{out / LOG} to try again): {'; '.join(outcome.lost)}"
+            )
         if outcome.drift > DRIFT_LIMIT:
-            print(f"warning: the sentinel drifted by {outcome.drift:.1%}: its times are in {out / LOG}")
+            told = f"the sentinel drifted by {outcome.drift:.1%}"
+            where = f"its times are in {out / LOG}"
+            print(f"warning: {told}: {where}" if steady else f"{told}: a processor's clock wanders; {where}")
     for line in outcome.wrong:
         print(f"wrong result, not timed: {line}", file=sys.stderr)
-    if outcome.wrong or (outcome.skipped and not outcome.n_measured):
+    if outcome.wrong or outcome.lost or (outcome.skipped and not outcome.n_measured):
         raise typer.Exit(1)

@@ -17,7 +17,9 @@ from typing import Any, Protocol
 from moesim.errors import HardwareError
 from moesim.hardware.catalog import gpu_names, load_gpu
 
-__all__ = ["Clocks", "CpuDevice", "CudaDevice", "Device", "catalog_name", "check_device", "open_device"]
+__all__ = [
+    "Clocks", "CpuDevice", "CudaDevice", "Device", "catalog_name", "check_device", "check_device_name", "open_device",
+]  # fmt: skip
 
 Run = Callable[[], None]
 """Work put on a device's current stream."""
@@ -101,9 +103,7 @@ def check_device(name: str) -> int | None:
     HardwareError
         If torch is not installed, or there is no such device.
     """
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        fix = "use cuda, cuda:N or cpu"
-        raise HardwareError("is no device that can be measured", value=name, place="--device", fix=fix)
+    check_device_name(name)
     try:
         import torch
     except ModuleNotFoundError:
@@ -122,6 +122,19 @@ def check_device(name: str) -> int | None:
         )
         raise HardwareError(rule, value=name, place="--device", fix=fix)
     return index
+
+
+def check_device_name(name: str) -> None:
+    """Refuse what names no device, whatever the machine has.
+
+    Raises
+    ------
+    HardwareError
+        If it is not ``cuda``, ``cuda:N`` or ``cpu``.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        fix = "use cuda, cuda:N or cpu"
+        raise HardwareError("is no device that can be measured", value=name, place="--device", fix=fix)
 
 
 def catalog_name(marketing: str) -> str:

@@ -33,7 +33,7 @@ _REACH = 0.5
 """Share of the roofline that an unknown kernel is taken to reach."""
 _LAUNCH_S = 10e-6
 _PREPARE_S = 0.4
-"""Building a point, compiling its kernels now and then, checking it, capturing graphs: assumed until runs say."""
+"""Building a point, checking it, capturing graphs: assumed until runs say."""
 _FILL_BYTES_PER_S = 3e11
 """Rate at which random data is made on a GPU; assumed likewise."""
 _SAMPLE_S = 1e-3
@@ -51,11 +51,11 @@ def predicted_s(points: Sequence[Point], gpu: Gpu, profile: Profile | None) -> F
 
 
 def measuring_s(points: Sequence[Point], call_s: FloatArray) -> FloatArray:
-    """Time that measuring takes, cold and warm; (n_points,) [s]."""
+    """Time that measuring takes, cold and warm, kernels compiled; (n_points,) [s]."""
     filled_s = np.asarray([_held_bytes(point) for point in points]) / _FILL_BYTES_PER_S
-    return np.asarray(
-        _PREPARE_S + filled_s + MIN_SAMPLES * (2.0 * _SAMPLE_S + 3.0 * np.maximum(call_s, 1e-4))
-    )
+    refreshed_s = np.asarray([_refreshed_bytes(point) for point in points]) / _FILL_BYTES_PER_S
+    sampled_s = 2.0 * (_SAMPLE_S + refreshed_s) + 3.0 * np.maximum(call_s, 1e-4)
+    return np.asarray(_PREPARE_S + filled_s + MIN_SAMPLES * sampled_s)
 
 
 def sensitivity(points: Sequence[Point], gpu: Gpu, profile: Profile | None) -> FloatArray:
@@ -141,6 +141,18 @@ def _held_bytes(point: Point) -> float:
         return _work(point)[1]
     elements = 3.0 * at.hidden * at.intermediate * at.n_experts / (at.tp * at.ep)
     return float(elements * weight_bytes_per_element(at.dtype))
+
+
+def _refreshed_bytes(point: Point) -> float:
+    """Bytes of fresh random data in each sample: all that a memory point reads, else activations."""
+    at = _Sizes(point)
+    if point.kind in ("moe_ffn", "moe_step", "router"):
+        return 2.0 * float(at.n_tokens * at.hidden)
+    if point.kind == "gemm":
+        return 4.0 * float(at.m * at.k)  # made, then copied
+    if point.kind == "attention":
+        return 2.0 * float(at.batch * at.n_query * at.n_heads * at.head_dim)
+    return float(at.n_bytes) if point.kind == "memory" else 0.0
 
 
 class _Sizes:

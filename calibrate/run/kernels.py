@@ -31,7 +31,7 @@ class Layer:
     Experts of this rank are 0 .. n_local - 1 of n_experts; ids above go to other ranks.
     """
 
-    def __init__(self, point: Point, device: Device) -> None:
+    def __init__(self, point: Point, device: Device, *, own_scratch: bool = False) -> None:
         import torch
 
         self.torch: Any = torch
@@ -47,6 +47,8 @@ class Layer:
         self.where = device.torch_name
         self._float = torch.float16 if self.dtype == "float16" else torch.bfloat16
         set_bytes, shared_bytes = self._bytes()
+        if own_scratch:
+            set_bytes, shared_bytes = set_bytes + shared_bytes, 0.0
         self.n_sets = n_sets_for(set_bytes, device, shared_bytes=shared_bytes)
         self.x = [self._randn(self.n_tokens, self.hidden) for _ in range(self.n_sets)]
         self.ids = [self._routes(index) for index in range(self.n_sets)]
@@ -175,9 +177,12 @@ def expert_case(point: Point, device: Device) -> Case:
 
 
 class Pipeline:
-    """Our fused kernels on one layer: tiles chosen and buffers made once, as a serving engine does."""
+    """Our fused kernels on one layer: tiles chosen and buffers made once, as a serving engine does.
 
-    def __init__(self, layer: Layer) -> None:
+    Whole calls share what lies between their kernels; a step alone reads it, so each set needs its own to be cold.
+    """
+
+    def __init__(self, layer: Layer, *, n_spaces: int = 1) -> None:
         from calibrate.kernels import fused, grouped_gemm, permute, rows
 
         self._layer = layer
@@ -186,14 +191,16 @@ class Pipeline:
         self._sum: Any = rows.combine
         self._sort: Any = permute.sort_by_expert
         self._tiles = fused.tiles_for(layer.n_tokens, layer.top_k, layer.n_experts, layer.w_up[0])
-        self._space = fused.Workspace.of(layer.x[0], layer.w_up[0], layer.top_k, self._tiles)
+        self._spaces = [
+            fused.Workspace.of(layer.x[0], layer.w_up[0], layer.top_k, self._tiles) for _ in range(n_spaces)
+        ]
 
     def whole(self, index: int) -> Any:
         """All kernels; the result is overwritten by the next call."""
         at = self._layer
         return self._fused.moe_ffn(
             at.x[index], at.w_up[index], at.w_down[index], at.ids[index], at.weights[index],
-            n_experts=at.n_experts, expert_map=at.expert_map, tiles=self._tiles, workspace=self._space,
+            n_experts=at.n_experts, expert_map=at.expert_map, tiles=self._tiles, workspace=self._space(index),
             w_up_scale=at.up_scale[index], w_down_scale=at.down_scale[index],
         )  # fmt: skip
 
@@ -206,19 +213,23 @@ class Pipeline:
     def up(self, index: int, tokens: Any) -> Any:
         """First product and activation."""
         at = self._layer
-        how = {"tile": self._tiles[0], "top_k": at.top_k, "out": self._space.h}
+        how = {"tile": self._tiles[0], "top_k": at.top_k, "out": self._space(index).h}
         return self._products.up_swiglu(at.x[index], at.w_up[index], tokens, **how)
 
     def down(self, index: int, tokens: Any) -> Any:
         """Second product, weighted."""
         at = self._layer
-        how = {"tile": self._tiles[1], "out": self._space.rows}
-        return self._products.down_combine(self._space.h, at.w_down[index], tokens, at.weights[index], **how)
+        space = self._space(index)
+        how = {"tile": self._tiles[1], "out": space.rows}
+        return self._products.down_combine(space.h, at.w_down[index], tokens, at.weights[index], **how)
 
     def combine(self, index: int, tokens: Any) -> Any:
         """Sum of each token's pairs."""
-        how = {"top_k": self._layer.top_k, "out": self._space.out}
-        return self._sum(self._space.rows, tokens, **how)
+        space = self._space(index)
+        return self._sum(space.rows, tokens, top_k=self._layer.top_k, out=space.out)
+
+    def _space(self, index: int) -> Any:
+        return self._spaces[index % len(self._spaces)]
 
 
 class StepCase:
@@ -230,12 +241,16 @@ class StepCase:
     caches: tuple[Cache, ...] = ("cold", "warm")
 
     def __init__(self, point: Point, device: Device) -> None:
-        self._layer = Layer(point, device)
-        self._pipeline = Pipeline(self._layer)
+        self._layer = Layer(point, device, own_scratch=True)
+        self._pipeline = Pipeline(self._layer, n_spaces=self._layer.n_sets)
         self._op = str(point.columns["op"])
         self.n_sets = self._layer.n_sets
         self.n_kernels = 3 if self._op == "moe_permute" else 1
         self._tokens = [self._pipeline.sort(index) for index in range(self.n_sets)]
+        if self._op in ("moe_down", "moe_combine"):  # what they read is what the steps before them left
+            for index, tokens in enumerate(self._tokens):
+                self._pipeline.up(index, tokens)
+                self._pipeline.down(index, tokens)
 
     def refresh(self, index: int, sample: int) -> None:
         """New tokens and routing, sorted anew into the same buffers, which a graph may hold."""
@@ -256,7 +271,7 @@ class StepCase:
         step[self._op](index, self._tokens[index])
 
     def check(self) -> None:
-        """All steps in turn, against the reference; what they leave is what this one is timed on."""
+        """All steps in turn, against the reference."""
         tokens = self._tokens[0]
         self._pipeline.up(0, tokens)
         self._pipeline.down(0, tokens)

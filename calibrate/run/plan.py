@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from calibrate.run.compiled import with_compiling
 from calibrate.run.design import Candidate, informative_order, interleave, log_sizes, with_held_out
 from calibrate.run.estimate import measuring_s, predicted_s, sensitivity
 from calibrate.run.points import FAMILIES, HELD_OUT_SHARE, Plan, Point, Scope, candidates
@@ -13,7 +14,7 @@ from moesim.hardware.profile import Profile
 __all__ = ["LONGEST_S", "family_order", "plan_points"]
 
 LONGEST_S = 2.5
-"""Points that take longer are not measured: each would cost as much as five others."""
+"""Points that take longer, compiling apart, are not measured: each would cost as much as five others."""
 
 
 def plan_points(
@@ -40,13 +41,15 @@ def plan_points(
     Returns
     -------
     Most informative first in every family; after any number of points each family has had its share of the time.
+    A point's seconds hold the kernels that it is the first to need.
     """
     chosen = set(groups)
     queues = {plan.name: family_order(plan, scope, gpu, profile) for plan in plans if plan.group in chosen}
-    return interleave(
+    ordered = interleave(
         {name: [(one, one.seconds) for one in queue] for name, queue in queues.items()},
         {plan.name: plan.share for plan in plans},
     )
+    return with_compiling(ordered, gpu)
 
 
 def family_order(plan: Plan, scope: Scope, gpu: Gpu, profile: Profile | None) -> list[Candidate]:

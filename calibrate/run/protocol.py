@@ -25,8 +25,6 @@ __all__ = [
 Cache = Literal["cold", "warm"]
 
 MIN_SAMPLES = 30
-GRAPH_BELOW_S = 50e-6
-"""A kernel shorter than this is timed inside a graph: launching it takes as long as running it."""
 TIMED_S = 100e-6
 """Shorter calls are repeated within one timing, so that the events' own half microsecond does not show."""
 MAX_CALLS = 16
@@ -120,28 +118,35 @@ def measure(case: Case, device: Device, *, n_samples: int = MIN_SAMPLES, seed: i
     """
     case.refresh(0, 0)
     case.check()
-    rough_s, graph = _rough_s(case, device)
+    graph = case.capturable and device.has_graphs
+    rough_s = _rough_s(case, device, graph=graph)
     found = []
     for cache in case.caches or (None,):
         n_calls = _calls_per_timing(rough_s, case.n_sets, cache) if case.repeats else 1
-        sample = _sampler(case, device, cache, n_calls, graph=graph)
-        times_s = np.asarray([sample(i) for i in range(n_samples)]) / (n_calls * case.n_units)
+        times_s = _times_s(case, device, cache, n_calls, n_samples, graph=graph) / case.n_units
         found.append(summarise(times_s, cache=cache, graph=graph, clocks=device.clocks(), seed=seed))
     return found
 
 
-def _rough_s(case: Case, device: Device) -> tuple[float, bool]:
-    """First timing, the best of three after a warm-up, and whether the point belongs in a graph.
+def _rough_s(case: Case, device: Device, *, graph: bool) -> float:
+    """First timing, the best of three after a warm-up.
 
-    A short call that is not captured takes the host's time: so it is captured first and judged by that.
+    Whatever can be captured is timed in a graph, long or short: a call of several kernels after a flush finds an idle
+    device, and the host's launches would be what is measured.
     """
     call = _calls(case, [0])
-    graphed = case.capturable and device.has_graphs
-    run = device.capture(call) if graphed else call
+    run = device.capture(call) if graph else call
     run()
     device.synchronize()
-    rough_s = min(device.elapsed_s(run) for _ in range(3))
-    return rough_s, graphed and rough_s < GRAPH_BELOW_S * case.n_kernels
+    return min(device.elapsed_s(run) for _ in range(3))
+
+
+def _times_s(
+    case: Case, device: Device, cache: Cache | None, n_calls: int, n_samples: int, *, graph: bool
+) -> NDArray[np.float64]:
+    """Time of a call in each sample; (n_samples,) [s]. Its graph, and the memory that holds, end with it."""
+    sample = _sampler(case, device, cache, n_calls, graph=graph)
+    return np.asarray([sample(i) for i in range(n_samples)]) / n_calls
 
 
 def _calls_per_timing(rough_s: float, n_sets: int, cache: Cache | None) -> int:

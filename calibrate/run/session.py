@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,11 +18,12 @@ import numpy as np
 from calibrate.recorder import Recorder
 from calibrate.run.design import Candidate, rounds
 from calibrate.run.device import Device
+from calibrate.run.lost import LOG, Key, key_of, lost_points
 from calibrate.run.points import Point
 from calibrate.run.protocol import Case, Measured, WrongResultError, measure
-from moesim.errors import MoesimError
+from moesim.errors import MeasurementError, MoesimError
 
-__all__ = ["DRIFT_LIMIT", "Build", "Outcome", "Session"]
+__all__ = ["DRIFT_LIMIT", "HANG_S", "Build", "DeviceLostError", "Outcome", "Session"]
 
 Build = Callable[[Point, Device], Case]
 """Makes a point ready to run."""
@@ -29,9 +33,15 @@ ROUND = 20
 REPEATED_SHARE = 0.05
 DRIFT_LIMIT = 0.03
 """Change of the sentinel's time that is called out."""
-LOG = "log.jsonl"
+HANG_S = 60.0
+"""A point that takes longer, and 20 times its estimate, hangs: the process ends, since nothing else ends a kernel."""
+_HANG_FACTOR = 20.0
 _PACE_AFTER = 5
 """Points after which the time left is judged by what points took rather than by the estimate alone."""
+
+
+class DeviceLostError(MeasurementError):
+    """A kernel left the device in a state in which nothing more runs in this process."""
 
 
 @dataclass
@@ -47,6 +57,8 @@ class Outcome:
     """Points that could not be measured, with the reason."""
     wrong: list[str] = field(default_factory=list)
     """Points whose kernel gave a wrong result."""
+    lost: list[str] = field(default_factory=list)
+    """Points that an earlier run of the same software went down in: not tried again."""
     n_left: int = 0
     """Points that time did not suffice for."""
     sentinel_s: list[float] = field(default_factory=list)
@@ -60,7 +72,7 @@ class Outcome:
     @property
     def n_done(self) -> int:
         """Points that need no more work."""
-        return self.n_measured + self.n_before + len(self.skipped) + len(self.wrong)
+        return self.n_measured + self.n_before + len(self.skipped) + len(self.wrong) + len(self.lost)
 
 
 class Session:
@@ -80,6 +92,8 @@ class Session:
         Of data, routing, the order within rounds and what is repeated.
     clock
         Seconds since some moment, for the budget.
+    hang_s
+        Time of one point after which the process ends itself; never without it.
     """
 
     def __init__(
@@ -91,6 +105,7 @@ class Session:
         *,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        hang_s: float | None = None,
     ) -> None:
         self.device = device
         self.folder = folder
@@ -99,6 +114,8 @@ class Session:
         self._sentinel = sentinel
         self._seed = seed
         self._clock = clock
+        self._hang_s = hang_s
+        self._lost: set[Key] = set()
         self._recorders: dict[str, Recorder] = {}
         self._paces: list[tuple[float, float]] = []  # estimated and real seconds
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,12 +140,16 @@ class Session:
 
         Raises
         ------
+        DeviceLostError
+            If a kernel broke the device; the same run again leaves that point out.
         KeyboardInterrupt
             As it came; every row measured is on disk, and a new run goes on from there.
         """
         began_s = self._clock()
         self.outcome = Outcome(n_points=len(candidates))
-        self.log("start", **self.device.facts(), n_points=len(candidates), seed=self._seed, budget_s=budget_s)
+        self._lost = lost_points(self.folder, device=self.device.name, software=self.device.software)
+        facts = {**self.device.facts(), "device": self.device.name, "software": self.device.software}
+        self.log("start", **facts, n_points=len(candidates), seed=self._seed, budget_s=budget_s)
         try:
             for part in self._rounds(candidates):
                 self._watch()
@@ -156,6 +177,7 @@ class Session:
         rng = np.random.default_rng(self._seed)
         due: list[tuple[Candidate, bool]] = []
         for part in rounds(candidates, ROUND, self._seed):
+            part = [one for one in part if not self._is_lost(one.point)]
             todo = [(one, False) for one in part if not self._is_done(one.point)]
             self.outcome.n_before += len(part) - len(todo)
             chosen = [one for one in part if rng.random() < REPEATED_SHARE]
@@ -171,19 +193,26 @@ class Session:
             return
         point = candidate.point
         start_s = self._clock()
+        self.log("begin", point=dict(point.columns))
         try:
-            found = self._measured(point)
+            with self._hang_watched(candidate.seconds):
+                found = self._measured(point)
         except WrongResultError as error:
             self._leave_out("wrong", self.outcome.wrong, point, error)
         except (
             Exception
         ) as error:  # out of memory, a compiler's refusal: the other points are still worth having
+            self._stop_if_lost(point, error)
             self._leave_out("skipped", self.outcome.skipped, point, error)
         else:
+            took_s = self._clock() - start_s
+            self.log("done", seconds=round(took_s, 3), estimated_s=round(candidate.seconds, 3))
+            there = self._caches(point, again=again)  # of a run that was killed between two rows of a point
             for one in found:
-                self._recorder(point.kind).append(self._row(point, one, again=again))
+                if one.cache not in there:
+                    self._recorder(point.kind).append(self._row(point, one, again=again))
             self.outcome.n_measured += not again
-            self._paces.append((candidate.seconds, self._clock() - start_s))
+            self._paces.append((candidate.seconds, took_s))
 
     def _measured(self, point: Point) -> list[Measured]:
         """Build, check and time a point; its memory is free again afterwards."""
@@ -192,9 +221,32 @@ class Session:
         finally:
             self.device.release()
 
+    def _stop_if_lost(self, point: Point, error: Exception) -> None:
+        """An illegal access stays: every later call would fail alike, and be taken for its own point's fault."""
+        try:
+            self.device.synchronize()
+        except Exception:
+            reason = _reason(error)
+            self.log("fatal", point=dict(point.columns), reason=reason)
+            rule = f"broke the device ({reason}), nothing more can be measured in this process"
+            fix = "the same command leaves this point out and goes on"
+            raise DeviceLostError(rule, place=str(point), fix=fix) from error
+
+    @contextmanager
+    def _hang_watched(self, estimated_s: float) -> Iterator[None]:
+        """End the process, with a traceback, if the point hangs: by a thread that needs no interpreter."""
+        if self._hang_s is None:
+            yield
+            return
+        limit_s = max(self._hang_s, _HANG_FACTOR * estimated_s)
+        faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.__stderr__ or sys.stderr)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
     def _leave_out(self, event: str, into: list[str], point: Point, error: BaseException) -> None:
-        kind = "" if isinstance(error, MoesimError) else f"{type(error).__name__}: "
-        reason = kind + (str(error).splitlines() or ["no reason given"])[0]
+        reason = _reason(error)
         into.append(f"{point}: {reason}")
         self.log(event, point=dict(point.columns), reason=reason)
 
@@ -207,7 +259,12 @@ class Session:
 
     def _watch(self) -> None:
         """Time the sentinel."""
-        time_s = self._sentinel()
+        try:
+            time_s = self._sentinel()
+        except Exception as error:
+            self.log("fatal", reason=_reason(error))
+            rule, fix = f"does not run any more ({_reason(error)})", "the same command goes on"
+            raise DeviceLostError(rule, place="sentinel", fix=fix) from error
         self.outcome.sentinel_s.append(time_s)
         self.log("sentinel", latency_s=time_s, **vars(self.device.clocks()))
 
@@ -222,15 +279,33 @@ class Session:
     def _key(self, point: Point) -> dict[str, Any]:
         return {"device": self.device.name, "software": self.device.software, **point.columns}
 
+    def _is_lost(self, point: Point) -> bool:
+        """Whether an earlier run went down in the point; told once a run."""
+        if key_of(point.columns) not in self._lost:
+            return False
+        self.outcome.lost.append(str(point))
+        self.log("lost", point=dict(point.columns), reason="an earlier run ended in it")
+        return True
+
     def _is_done(self, point: Point) -> bool:
-        """Whether the file has the point."""
-        return self._recorder(point.kind).seen(self._key(point))
+        """Whether the file has all rows of the point: one, or one a state of the cache."""
+        if not self._recorder(point.kind).seen(self._key(point)):
+            return False
+        return self._is_whole(self._caches(point, again=False))
 
     def _wants_repeating(self, point: Point) -> bool:
-        """Whether the file has the point, and has it once."""
+        """Whether the file has the point, and has not all of it a second time."""
+        return self._is_done(point) and not self._is_whole(self._caches(point, again=True))
+
+    def _caches(self, point: Point, *, again: bool) -> set[object]:
+        """States of the cache that the file has a point in; None where a row names no state."""
         key = self._key(point)
         rows = self._recorder(point.kind).rows
-        return self._is_done(point) and not any(row.get("repeat") and _agrees(row, key) for row in rows)
+        return {row.get("cache") for row in rows if bool(row.get("repeat")) is again and _agrees(row, key)}
+
+    @staticmethod
+    def _is_whole(found: set[object]) -> bool:
+        return None in found or len(found) == 2
 
     def _recorder(self, kind: str) -> Recorder:
         if kind not in self._recorders:
@@ -240,6 +315,12 @@ class Session:
 
 def _agrees(row: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
     return all(row.get(name) == value for name, value in key.items())
+
+
+def _reason(error: BaseException) -> str:
+    """First line of what an error says."""
+    kind = "" if isinstance(error, MoesimError) else f"{type(error).__name__}: "
+    return kind + (str(error).splitlines() or ["no reason given"])[0]
 
 
 def _now() -> str:

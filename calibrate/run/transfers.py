@@ -38,15 +38,21 @@ class TransferCase:
         self.n_kernels = n_streams = int(at["n_streams"])
         self.n_sets = min(n_sets_for(2 * n_bytes, device), max(1, _HOST_BYTES // n_bytes))
         from_host, to_host = at["op"] == "h2d", at["op"] == "d2h"
-        self._from = [self._buffer(n_bytes, from_host, pinned) for _ in range(self.n_sets)]
+        self._from = [self._source(n_bytes, from_host, pinned) for _ in range(self.n_sets)]
         self._to = [self._buffer(n_bytes, to_host, pinned) for _ in range(self.n_sets)]
         self._streams = [self._torch.cuda.Stream() for _ in range(n_streams)]
         self._side = self._torch.cuda.Stream()
         self._n_products = self._products() if at["busy"] else 0
 
     def _buffer(self, n_bytes: int, on_host: bool, pinned: bool) -> Any:
+        """Nothing in it yet."""
         where: dict[str, Any] = {"pin_memory": pinned} if on_host else {"device": self._device.torch_name}
-        return self._torch.empty(n_bytes, dtype=self._torch.uint8, **where).random_(0, 255)
+        return self._torch.empty(n_bytes, dtype=self._torch.uint8, **where)
+
+    def _source(self, n_bytes: int, on_host: bool, pinned: bool) -> Any:
+        """Random bytes, made on the device: the processor needs a second for as many as fit."""
+        made = self._buffer(n_bytes, on_host=False, pinned=False).random_(0, 255)
+        return self._buffer(n_bytes, on_host, pinned).copy_(made) if on_host else made
 
     def _products(self) -> int:
         """Make what keeps the device busy, and count the products that outlast a warm-up and a timing."""
@@ -85,7 +91,8 @@ class TransferCase:
             current.wait_stream(stream)
 
     def check(self) -> None:
-        """Every byte arrives."""
+        """Every byte arrives, where there was none: unused memory may hold what was copied last."""
+        self._to[0].zero_()
         self.call(0)
         self._device.synchronize()
         if not self._torch.equal(self._to[0].cpu(), self._from[0].cpu()):

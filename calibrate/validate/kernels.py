@@ -15,7 +15,7 @@ from calibrate.statistics import ape_stats
 from calibrate.tables import Table, devices_of
 from moesim.errors import MeasurementError
 from moesim.hardware import Profile
-from moesim.report import Compared, Panels, write_scatter_report
+from moesim.report import Compared, Panels, unpredicted_reasons, write_scatter_report
 
 __all__ = ["Checked", "Predict", "Predicted", "summary", "validate_tables", "write_page"]
 
@@ -41,6 +41,8 @@ Predict = Callable[[pd.DataFrame, str], Predicted]
 
 NAMES = ("op", "implementation", "dtype")
 """What a group of rows has in common."""
+SHORT = 28
+"""Characters of a kernel's name in a legend."""
 POINTS_PER_FIGURE = 1000
 """Rows drawn of each operation; the page would weigh tens of megabytes with all."""
 NO_SHAPE = (
@@ -219,7 +221,7 @@ def write_page(path: Path, found: Sequence[Checked], told: Mapping[str, Any], pr
     )
     return write_scatter_report(
         path, f"{profile.device}: predicted against measured kernels", figures, tables,
-        panels=Panels(lead=lead, max_points=POINTS_PER_FIGURE),
+        panels=Panels(lead=lead, max_points=POINTS_PER_FIGURE, summary=_summary_rows(told)),
     )  # fmt: skip
 
 
@@ -240,9 +242,17 @@ def _compared(found: Sequence[Checked], op: str) -> list[Compared]:
                     (part["latency_s"].to_numpy() * 1e6).tolist(),
                     (time_s * 1e6).tolist(),
                     [labels[i // step] if i % step == 0 else "" for i in range(len(part))],
+                    " ".join(_shortened(str(word)) for word in key[:2] if word != "any") + _cache(key[2:]),
                 )
             )
     return out
+
+
+def _shortened(name: str) -> str:
+    """A name that fits a legend: without the framework before its colon, and cut in the middle."""
+    tail = name.rpartition(":")[2] or name
+    half = (SHORT - 1) // 2
+    return tail if len(tail) <= SHORT else f"{tail[: SHORT - 1 - half]}…{tail[-half:]}"
 
 
 def _cache(format_: Sequence[str]) -> str:
@@ -259,13 +269,19 @@ def _labels(part: pd.DataFrame) -> list[str]:
     ]
 
 
+def _summary_rows(told: Mapping[str, Any]) -> list[list[str]]:
+    """Groups as the terminal shows them."""
+    rows = [["op", "implementation", "format", "rows", "median", "mean", "p90", "bias"]]
+    for one in told["groups"]:
+        errors = [f"{one[key]:.1%}" for key in ("median_ape", "mean_ape", "p90_ape")]
+        rows.append([*(one[name] for name in NAMES), f"{one['n']:,}", *errors, f"{one['bias']:+.1%}"])
+    return rows if told["groups"] else []
+
+
 def _unpredicted(told: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["op", "implementation", "format", "rows", "reason"]]
-    rows += [
-        [one["op"], one["implementation"], one["dtype"], f"{one['n']:,}", one["reason"]]
-        for one in told["unpredicted"]
-    ]
-    return rows if len(rows) > 1 else [["every row is predicted"]]
+    """One line a reason, as the terminal shows them."""
+    rows = [[f"{n:,}", reason, kernels] for n, reason, kernels in unpredicted_reasons(told)]
+    return [["rows", "because", "kernels"], *rows] if rows else [["every row is predicted"]]
 
 
 def _origin(profile: Profile) -> list[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import pandas as pd
 from calibrate.statistics import ape_stats
 from calibrate.validate.published import Fact, published, published_table
 from moesim.cost.backend import backend_of
+from moesim.errors import MeasurementError
 from moesim.hardware.catalog import load_cluster
 from moesim.hardware.cluster import Cluster
 from moesim.model import load_model
@@ -328,6 +330,15 @@ def _write_page(path: Path, found: Mapping[str, Any], facts: list[Fact]) -> None
     )
 
 
+def _check_folder(data: Path) -> None:
+    """Refuse what is not the data folder."""
+    for name in ("measured/serving.csv", "published_facts.csv"):
+        if not (data / name).is_file():
+            raise MeasurementError(
+                f"holds no {name}", place=str(data), fix="give the folder that measured/serving.csv is in"
+            )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables of measured serving rows and of published figures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -337,6 +348,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--html", type=Path, help="write a page with the scatter to this file")
     options = parser.parse_args(arguments)
+    try:
+        _check_folder(options.data)
+    except MeasurementError as refused:
+        print(f"moesim: {refused}", file=sys.stderr)
+        return 2
     found = report(predict(read_rows(options.data)))
     facts = published(options.data)
     if options.html is not None:

@@ -135,20 +135,17 @@ class Pricer:
         find = self.profile.family
         match op:
             case DenseGemm():
-                return (find("gemm", *self.backend.gemm_for(op.dtype)),)
+                return (self._kernel("gemm", op.dtype),)
             case ExpertFfn():
                 return (self._expert_family(op),)
             case AttentionPrefill():
-                # engines run fresh MLA prompts un-absorbed, as plain attention with its own key per head
-                return (find("attention_prefill", "gqa-fa3", op.kv_dtype),)
+                return (self._kernel("attention_prefill", op.kv_dtype, op.kind),)
             case AttentionDecode():
-                # the measured fp8 MLA kernel widens its whole cache first; engines' kernels do not
-                dtype = "bfloat16" if op.kind == "mla" else self.backend.decode_attention or op.kv_dtype
-                return (find("attention_decode", f"{op.kind}-fa3", dtype),)
+                return (self._kernel("attention_decode", op.kv_dtype, op.kind),)
             case Elementwise():
                 return (find("elementwise", "fused"),)
             case Router():
-                return find("router", "fused-topk"), find("gemm", *self.backend.gemm_for("bfloat16"))
+                return find("router", "fused-topk"), self._kernel("gemm", "bfloat16")
             case Pause():
                 return (find("host", self.backend.host or self.backend.name),)
             case _:
@@ -182,10 +179,14 @@ class Pricer:
                 raise ProfileError(f"no cost is known for a {type(op).__name__}")
 
     def _expert_family(self, op: ExpertFfn) -> Family:
-        if op.deepep_layout and op.dtype == "fp8_block":
+        library = self.backend.sorted_by(self.profile, op.dtype) if op.deepep_layout else ""
+        if library and op.dtype == "fp8_block":
             variant = "decode" if self.decode else "context"
-            return self.profile.family("moe_ffn", f"{self.backend.exchange_sorted}-{variant}", op.dtype)
-        return self.profile.family("moe_ffn", self.backend.expert_ffn_for(op.dtype), op.dtype)
+            return self.profile.family("moe_ffn", f"{library}-{variant}", op.dtype)
+        return self._kernel("moe_ffn", op.dtype)
+
+    def _kernel(self, op: str, dtype: str, kind: str = "") -> Family:
+        return self.backend.family(self.profile, op, dtype, kind)
 
     def seconds(self, op: Op) -> FloatArray:
         """(n_points, n_layers, n_ranks), or what broadcasts to it, time of one operator alone [s].

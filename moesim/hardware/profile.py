@@ -112,14 +112,23 @@ class Profile(_Frozen):
             fix=f"use one of {', '.join(known)}" if known else f"moesim calibrate fit; it knows {ops}",
         )
 
+    def has(self, op: str, implementation: str, dtype: str = "any") -> bool:
+        """Tell whether `family` finds one."""
+        return any((op, implementation, wanted) in self._index for wanted in (dtype, "any"))
+
     def over(self, base: Profile) -> Profile:
-        """The same with the families of `base` that it lacks."""
-        own = {(f.op, f.implementation, f.dtype) for f in self.families}
-        lacking = tuple(f for f in base.families if (f.op, f.implementation, f.dtype) not in own)
-        carried = any(f.provenance.kind == "carried-over" for f in self.families)
+        """The same with the families of `base` that it lacks.
+
+        A family carried over or assumed gives way to one of `base` that was measured on this GPU.
+        """
+        measured = set() if base.carried_from else {_key(f) for f in base.families if _is_measured(f)}
+        own = tuple(f for f in self.families if _is_measured(f) or _key(f) not in measured)
+        taken = {_key(f) for f in own}
+        lacking = tuple(f for f in base.families if _key(f) not in taken)
+        carried = any(f.provenance.kind == "carried-over" for f in own)
         return Profile(
             device=self.device,
-            families=self.families + lacking,
+            families=own + lacking,
             carried_from=(base.carried_from if lacking else None)
             or ("its base profile" if carried else None),
         )
@@ -129,13 +138,21 @@ class Profile(_Frozen):
         return _index_of(self)
 
 
+def _key(family: Family) -> tuple[str, str, str]:
+    return family.op, family.implementation, family.dtype
+
+
+def _is_measured(family: Family) -> bool:
+    return family.provenance.kind in ("fitted", "measured")
+
+
 _INDEXES: dict[int, tuple[Profile, dict[tuple[str, str, str], Family]]] = {}
 
 
 def _index_of(profile: Profile) -> dict[tuple[str, str, str], Family]:
     known = _INDEXES.get(id(profile))
     if known is None or known[0] is not profile:
-        known = (profile, {(f.op, f.implementation, f.dtype): f for f in profile.families})
+        known = (profile, {_key(f): f for f in profile.families})
         _INDEXES[id(profile)] = known
     return known[1]
 
@@ -203,6 +220,11 @@ def open_profile(name: str) -> Profile:
 def _read(path: Path, place: str) -> Profile:
     try:
         content: Any = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and "families" not in content:
+            what = "is a scenario" if {"model", "workload"} & set(content) else "has no families"
+            raise ProfileError(
+                f"{what}: it is no profile of a GPU", place=place, fix="use what moesim calibrate fit wrote"
+            )
         return Profile.model_validate(content)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"

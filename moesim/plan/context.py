@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moesim.cost.backend import TRAINING, Backend, backend_of
+from moesim.cost.backend import TRAINING, Asked, Backend, backend_of
 from moesim.cost.price import Pricer
 from moesim.errors import ProfileError
 from moesim.hardware.cluster import Cluster
@@ -76,7 +76,7 @@ class Context:
         kv_dtype = scenario.kv_dtype or (
             "fp8" if backend.name == "trtllm" and weights != "bfloat16" else "bfloat16"
         )
-        return cls(
+        context = cls(
             model,
             _source(scenario.routing, model),
             backend,
@@ -88,6 +88,20 @@ class Context:
             max_drawn_tokens,
             _own_profile(scenario),
         )
+        if backend.stand_in is not None:
+            for cluster in scenario.cluster.clusters():
+                backend.replaced(context.profile(cluster), context.kernels)  # refuses what was never measured
+        return context
+
+    @property
+    def kernels(self) -> list[Asked]:
+        """Compute kernels that the model runs, as (op, format, kind of attention)."""
+        found: list[Asked] = [("gemm", self.weight_dtype, "")]
+        if self.model.is_moe:
+            found.append(("moe_ffn", self.expert_dtype, ""))
+        kinds = sorted({layer.attention.kind for layer in self.model.kinds})
+        ops = ("attention_prefill", "attention_decode")
+        return found + [(op, self.kv_dtype, kind) for kind in kinds for op in ops]
 
     @property
     def source_name(self) -> str:
@@ -172,7 +186,20 @@ class Context:
             )
         if model.max_context and longest > model.max_context:
             said.append(f"{model.name} was trained for {model.max_context:,} tokens, not {longest:,.0f}")
-        return said + self._routing_warnings()
+        return said + self._stand_in_warnings(cluster) + self._routing_warnings()
+
+    def _stand_in_warnings(self, cluster: Cluster) -> list[str]:
+        """Kernels of another engine that a plan with the kernels measured here has to take."""
+        lacking = self.backend.replaced(self.profile(cluster), self.kernels)
+        said = [
+            f"{key[0]} by {key[1]} in {key[2]} was not measured: {family.implementation} in {family.dtype} "
+            "stands in for it"
+            for key, family in lacking
+        ]
+        latent = any(kind == "mla" for _, _, kind in self.kernels)
+        if self.backend.stand_in is not None and latent:
+            said.append("latent attention is priced as FlashAttention 3: calibrate run measures no other")
+        return said
 
     def _routing_warnings(self) -> list[str]:
         source, n_layers = self.source, len(self.model.moe_layers)
@@ -195,7 +222,8 @@ class Context:
     def pricer(self, case: Case, phase: str) -> Pricer:
         """Prices of one case's operators."""
         memo = self._memos.setdefault(id(case.cluster), (case.cluster, {}))[1]
-        backend = TRAINING if phase == "train" else self.backend
+        own = self.backend.stand_in is not None  # kernels measured here train as well
+        backend = TRAINING if phase == "train" and not own else self.backend
         return Pricer(case, self.profile(case.cluster), backend, decode=phase == "decode", memo=memo)
 
 

@@ -7,6 +7,7 @@ from moesim.report.tables import (
     plan_table,
     ruled_out_table,
     run_table,
+    unpredicted_reasons,
     unpredicted_table,
     validation_table,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "plan_table",
     "ruled_out_table",
     "run_table",
+    "unpredicted_reasons",
     "unpredicted_table",
     "validation_table",
     "write_plan_report",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,12 @@ SIZE_BINS = 12
 """Bins of the error by size, equal in the logarithm of the measured value."""
 ERROR_BIN = 0.05
 """Width of a bar of the histogram of errors."""
+COLORS = (*palette.SERIES, "#ddcc77", "#44aa99", "#882255")
+"""All of the scheme that the palette is of."""
+LEGEND_LINE = 20
+"""Height of a line of a legend [px]."""
+LEGEND_COLUMNS = 2
+"""Groups that a line of a legend holds at least, on a page of usual width."""
 ERROR_END = 1.0
 """Errors beyond are counted in the last bar of their side."""
 
@@ -34,6 +40,13 @@ class Compared:
     predicted: Sequence[float]
     labels: Sequence[str]
     """What each point is, shown when pointed at."""
+    short: str = ""
+    """Legend in its place, where the name is long; the name is shown when pointed at."""
+
+    @property
+    def legend(self) -> str:
+        """What the legends of the figures say."""
+        return self.short or self.name
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,8 @@ class Panels:
     """First paragraph."""
     max_points: int
     """Markers of one scatter; the errors are of all rows."""
+    summary: Sequence[Sequence[str]] = ()
+    """Table under it: rows of text, the first of them the head."""
 
 
 def write_scatter_report(
@@ -72,6 +87,8 @@ def write_scatter_report(
     page = Page()
     lead = f"<p>{escape(panels.lead)}</p>" if panels else ""
     page.add(f"<header><h1>{escape(title)}</h1>{lead}</header><main>")
+    if panels and panels.summary:
+        page.add(f"<section><h2>Summary</h2>{_table(panels.summary)}</section>")
     for name, groups in figures.items():
         page.add(
             f"<section><h2>{escape(name)}</h2><p>Each point is one measurement. The line is a perfect "
@@ -100,7 +117,10 @@ def _thinned(groups: Sequence[Compared], limit: int) -> list[Compared]:
     """Every n-th point of every group, so that all together are about `limit`."""
     step = max(1, -(-sum(len(one.measured) for one in groups) // limit))
     return [
-        Compared(one.name, one.measured[::step], one.predicted[::step], one.labels[::step]) for one in groups
+        replace(
+            one, measured=one.measured[::step], predicted=one.predicted[::step], labels=one.labels[::step]
+        )
+        for one in groups
     ]
 
 
@@ -109,7 +129,7 @@ def _by_size(name: str, groups: Sequence[Compared]) -> Figure:
     layout = base_layout(340, f"measured {name}", "median error", hovermode="closest")
     layout["xaxis"] |= {"type": "log"}
     layout["yaxis"] |= {"tickformat": "+.0%"}
-    layout["legend"] |= {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}
+    _legend_below(layout, len(groups))
     data = []
     for number, one in enumerate(groups):
         measured = np.asarray(one.measured, dtype=float)
@@ -125,11 +145,11 @@ def _by_size(name: str, groups: Sequence[Compared]) -> Figure:
             {
                 "type": "scatter",
                 "mode": "lines+markers",
-                "name": escape(one.name),
+                "name": escape(one.legend),
                 "x": x,
                 "y": y,
                 "text": [f"{count} rows" for count in n],
-                "hovertemplate": "about %{x}: median error %{y}, %{text}<extra></extra>",
+                "hovertemplate": f"{_hover(one)}<br>about %{{x}}: median error %{{y}}, %{{text}}<extra></extra>",
                 "line": _stroke(number) | {"width": 1.5},
             }
         )
@@ -141,7 +161,7 @@ def _histogram(groups: Sequence[Compared]) -> Figure:
     layout = base_layout(300, "predicted over measured, minus 1", "share of rows", hovermode="closest")
     layout["xaxis"] |= {"tickformat": "+.0%", "range": [-ERROR_END, ERROR_END]}
     layout["yaxis"] |= {"tickformat": ".0%"}
-    layout["legend"] |= {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}
+    _legend_below(layout, len(groups))
     edges = np.linspace(-ERROR_END, ERROR_END, round(2 * ERROR_END / ERROR_BIN) + 1)
     middle = [float(f"{value:.4g}") for value in (edges[:-1] + edges[1:]) / 2]
     data = []
@@ -152,24 +172,29 @@ def _histogram(groups: Sequence[Compared]) -> Figure:
             {
                 "type": "scatter",
                 "mode": "lines",
-                "name": escape(one.name),
+                "name": escape(one.legend),
                 "x": middle,
                 "y": [float(f"{value:.4g}") for value in counts / error.size],
-                "hovertemplate": "error %{x}: %{y} of the rows<extra></extra>",
+                "hovertemplate": f"{_hover(one)}<br>error %{{x}}: %{{y}} of the rows<extra></extra>",
                 "line": _stroke(number) | {"width": 1.5, "shape": "hvh"},
             }
         )
     return {"data": data, "layout": layout}
 
 
+def _hover(one: Compared) -> str:
+    """A group's whole name; a percent sign would begin a value of plotly's."""
+    return escape(one.name).replace("%{", "% {")
+
+
 def _color(number: int) -> str:
-    return palette.SERIES[number % len(palette.SERIES)]
+    return COLORS[number % len(COLORS)]
 
 
 def _stroke(number: int) -> dict[str, Any]:
     """Colour of a line, and dashes once the colours are used up."""
     dashes = ("solid", "dash", "dot", "dashdot")
-    return {"color": _color(number), "dash": dashes[number // len(palette.SERIES) % len(dashes)]}
+    return {"color": _color(number), "dash": dashes[number // len(COLORS) % len(dashes)]}
 
 
 def _scatter(name: str, groups: Sequence[Compared]) -> Figure:
@@ -184,23 +209,31 @@ def _scatter(name: str, groups: Sequence[Compared]) -> Figure:
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": escape(one.name),
+                "name": escape(one.legend),
                 "x": [float(f"{value:.4g}") for value in one.measured],
                 "y": [float(f"{value:.4g}") for value in one.predicted],
                 "text": [escape(text) for text in one.labels],
-                "hovertemplate": "%{text}<br>measured %{x}, predicted %{y}<extra></extra>",
+                "hovertemplate": f"{_hover(one)}<br>%{{text}}<br>measured %{{x}}, predicted %{{y}}<extra></extra>",
                 "marker": {
                     "size": 7,
                     "opacity": 0.75,
                     "color": _color(number),
-                    "symbol": ("circle", "square", "diamond", "cross")[number // len(palette.SERIES) % 4],
+                    "symbol": ("circle", "square", "diamond", "cross")[number // len(COLORS) % 4],
                 },
             }
         )
     for axis in ("xaxis", "yaxis"):
         layout[axis] |= {"type": "log", "range": [float(np.log10(low)), float(np.log10(high))], "dtick": "D2"}
-    layout["legend"] |= {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}
+    _legend_below(layout, len(groups))
     return {"data": data, "layout": layout}
+
+
+def _legend_below(layout: dict[str, Any], n_groups: int) -> None:
+    """Put the legend under the plot, and leave the plot its height."""
+    height = LEGEND_LINE * -(-n_groups // LEGEND_COLUMNS)
+    layout["legend"] |= {"yref": "container", "y": 0, "yanchor": "bottom"}
+    layout["margin"] |= {"b": layout["margin"]["b"] + height}
+    layout["height"] += height
 
 
 def _line(ends: list[float], factor: float, dash: str) -> dict[str, Any]:
@@ -219,7 +252,7 @@ def _error_table(groups: Sequence[Compared]) -> str:
     rows = [["group", "n", "median error", "90th percentile", "bias"]]
     for one in groups:
         median, p90, bias = errors(one)
-        rows.append([one.name, str(len(one.measured)), f"{median:.1%}", f"{p90:.1%}", f"{bias:+.1%}"])
+        rows.append([one.name, f"{len(one.measured):,}", f"{median:.1%}", f"{p90:.1%}", f"{bias:+.1%}"])
     return _table(rows)
 
 

@@ -31,7 +31,8 @@ from moesim.report.text import (
 from moesim.units import format_bytes
 
 __all__ = [
-    "fit_table", "plan_table", "ruled_out_table", "run_table", "unpredicted_table", "validation_table",
+    "fit_table", "plan_table", "ruled_out_table", "run_table", "unpredicted_reasons", "unpredicted_table",
+    "validation_table",
 ]  # fmt: skip
 
 WIDTH = 100
@@ -209,7 +210,7 @@ def fit_table(told: Record) -> Table:
             *(_percent(held, key) for key in ("median_ape", "p90_ape", "bias")),
         )
     if any(one.get("doubts") for one in shown):
-        table.caption = "* not to be relied on: the notes above and --json say why"
+        table.caption = "* doubtful: the notes above and --json say why"
         table.caption_justify = "left"
     return table
 
@@ -262,10 +263,23 @@ def unpredicted_table(told: Record) -> Table:
     table.add_column("rows", justify="right", no_wrap=True)
     table.add_column("because", overflow="fold", ratio=1)
     table.add_column("kernels", overflow="fold", ratio=1)
-    reasons = dict.fromkeys(one["reason"] for one in told["unpredicted"])
-    for reason in reasons:
+    for n, reason, kernels in unpredicted_reasons(told):
+        table.add_row(f"{n:,}", Text(reason), Text(kernels))
+    return table
+
+
+def unpredicted_reasons(told: Record) -> list[tuple[int, str, str]]:
+    """Rows without a prediction by reason: how many, why, of which kernels.
+
+    Parameters
+    ----------
+    told
+        The object of ``moesim calibrate validate --json``.
+    """
+    found = []
+    for reason in dict.fromkeys(one["reason"] for one in told["unpredicted"]):
         mine = [one for one in told["unpredicted"] if one["reason"] == reason]
         names = list(dict.fromkeys(f"{one['op']} {one['implementation']} {one['dtype']}" for one in mine))
         shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        table.add_row(f"{sum(one['n'] for one in mine):,}", Text(reason), Text(shown))
-    return table
+        found.append((sum(one["n"] for one in mine), str(reason), shown))
+    return found

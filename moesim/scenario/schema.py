@@ -277,8 +277,8 @@ class Scenario(_Part):
     """Format of the weights; the model's own where left out."""
     kv_dtype: Literal["bfloat16", "fp8"] | None = None
     """Format of the KV cache; bfloat16, or what the backend takes for the model, where left out."""
-    backend: Literal["auto", "sglang", "vllm", "trtllm"] = "auto"
-    """Whose kernels and steady state; auto is sglang."""
+    backend: Literal["auto", "sglang", "vllm", "trtllm", "moesim"] = "auto"
+    """Whose kernels and steady state; auto is sglang, moesim the kernels that `moesim calibrate run` measures."""
     profile: str | None = None
     """Profile (YAML) of your own measurements, over the catalog's of the same GPU; `moesim calibrate fit` writes it."""
     seed: NonNegativeInt = 0

@@ -104,7 +104,7 @@ def test_clocks_and_versions_are_known(device: CudaDevice) -> None:
 
 def test_a_short_run_is_written_and_read_back(device: CudaDevice, scope: Scope, tmp_path: Path) -> None:
     gpu = load_gpu(device.name if device.name in gpu_names() else "h200-sxm")
-    planned = plan_points(["kernels", "transfers"], scope, gpu, None)
+    planned = plan_points(["transfers"], scope, gpu, None)  # nothing to compile
     outcome = Session(device, tmp_path, build_case, sentinel(device)).run(planned, budget_s=15.0)
     assert outcome.n_measured > 5
     assert outcome.wrong == [] and outcome.skipped == []

@@ -76,7 +76,9 @@ def test_a_table_cut_short_is_refused_or_ends_earlier(cut: float) -> None:
     """No row has another value than was written."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.csv"
-        pd.DataFrame(ROWS).drop(columns=["cache", "held_out"]).to_csv(path, index=False)
+        pd.DataFrame(ROWS).drop(columns=["cache", "held_out"]).assign(latency_s=7.654321e-4).to_csv(
+            path, index=False
+        )
         content = path.read_bytes()
         whole = read_table(path).frame
         path.write_bytes(content[: int(cut * len(content))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import pytest
 
 from calibrate.fit import gemm, registry
 from calibrate.fit.common import Prediction
+from calibrate.fit.doubts import doubts
 from calibrate.schema import SCHEMAS
 from calibrate.tables import read_tables
+from calibrate.validate import serving
 from moesim.cli import main
 from moesim.errors import MeasurementError, ProfileError
 from moesim.hardware import Profile, load_gpu, load_profile, open_profile, read_profile
@@ -122,6 +125,7 @@ def test_what_is_fitted_is_what_made_the_times(
     assert told.json["families"] == [{
         "op": "hbm_copy", "implementation": "mine", "dtype": "any", "kind": "fitted", "n_points": 9,
         "held_out": {"split": "none", "n": 9, "median_ape": 0.01, "p90_ape": 0.02, "bias": -0.01},
+        "refitted": True, "doubts": [],
     }]  # fmt: skip
     checked = calibrate("validate memory.csv --profile p.yaml --json").json
     assert checked["groups"] == [{
@@ -174,7 +178,8 @@ def test_rows_held_out_are_not_for_fitting_but_can_be_looked_at_alone(
     copies(tmp_path, "theirs.csv", held_out=1, implementation="theirs")
     told = calibrate(f"{FIT} theirs.csv")
     assert told.code == 0
-    assert "hbm_copy theirs any: not fitted, every row is held out" in told.err
+    assert told.err.count("every row is held out") == 1
+    assert "fitting: hbm_copy theirs any: not fitted, every row is held out\n" in told.err
     assert stub.seen is not None and set(stub.seen["implementation"]) == {"mine"} and len(stub.seen) == 9
     (group,) = calibrate("validate memory.csv --held-out --profile p.yaml --json").json["groups"]
     assert group["n"] == 4
@@ -206,6 +211,70 @@ def test_what_the_rows_say_nothing_of_comes_from_the_base(
     assert carried.values() == pytest.approx(
         load_profile("h100-sxm").family("ep_dispatch", "deepep-normal").values(), rel=1e-4
     )
+
+
+def test_the_table_shows_what_was_refitted_alone(
+    calibrate: Callable[[str], Told], tmp_path: Path, stub: Copies
+) -> None:
+    copies(tmp_path)
+    for base, carried in (("h200", 0), ("h100-sxm", None)):
+        told = calibrate(f"{FIT} --base {base}")
+        whole = read_profile(tmp_path / "p.yaml").families
+        if carried is None:
+            carried = sum(one.provenance.kind == "carried-over" for one in whole)
+            assert carried > 20
+        assert f"\n{len(whole) - 1} families kept from {base} ({carried} carried over)\n" in told.out
+        assert "hbm_copy" in told.out and "moe_ffn" not in told.out
+        assert len(told.out.splitlines()) < 10
+        families = calibrate(f"{FIT} --base {base} --json").json["families"]
+        assert len(families) == len(whole)
+        assert [one["op"] for one in families if one["refitted"]] == ["hbm_copy"]
+
+
+def test_few_rows_leave_the_base_and_say_so(calibrate: Callable[[str], Told], tmp_path: Path) -> None:
+    gemm_rows(tmp_path / "gemm.csv", 3)
+    told = calibrate("fit gemm.csv --device h200-sxm --base h100-sxm -o p.yaml")
+    assert told.code == 0
+    assert "gemm torch-cublas bfloat16: 3 rows for " in told.err
+    assert "parameters: those of h100-sxm's profile are kept" in told.err
+    mine, theirs = read_profile(tmp_path / "p.yaml"), load_profile("h100-sxm")
+    assert {one.provenance.kind for one in mine.families} <= {"carried-over", "assumed"}
+    for key in (("gemm", "torch-cublas", "bfloat16"), ("elementwise", "fused", "any")):
+        assert mine.family(*key).values() == pytest.approx(theirs.family(*key).values(), rel=1e-4)
+
+    told = calibrate("fit gemm.csv --device h200-sxm -o p.yaml")
+    assert "gemm torch-cublas bfloat16: doubtful fit: " in told.err and "3 rows for " in told.err
+    assert "fitted*" in told.out and "* doubtful: the notes above" in told.out
+    one = calibrate("fit gemm.csv --device h200-sxm -o p.yaml --json").json["families"][0]
+    assert any(word.startswith("3 rows for ") for word in one["doubts"])
+
+
+def family(values: dict[str, tuple[float, float | None]], n_points: int, **more: Any) -> dict[str, Any]:
+    parameters = {name: {"value": value, "stderr": error} for name, (value, error) in values.items()}
+    return {"parameters": parameters, "provenance": {"kind": "fitted", "n_points": n_points}} | more
+
+
+def test_a_fit_is_doubtful_for_its_error_its_rows_or_its_parameters() -> None:
+    sure = {"a": (1.0, 0.1), "b": (2.0, 0.1), "held": (1.0, 0.0), "given": (1.0, None)}
+    assert doubts(family(sure, 9, held_out={"median_ape": 0.49})) == []
+    assert doubts(family(sure, 9, held_out={"median_ape": 0.51})) == ["held-out median error 51%"]
+    assert doubts(family(sure, 2)) == []
+    assert doubts(family(sure, 1)) == ["1 rows for 2 parameters"]
+    assert doubts(family({"a": (1.0, 0.0), "b": (1.0, 0.0)}, 1)) == ["1 rows for 2 parameters"]  # exact
+    vague = sure | {"a": (1.0, 1.1)}
+    assert doubts(family(vague, 9)) == []
+    assert doubts(family(vague | {"b": (2.0, 2.1)}, 9)) == [
+        "2 of 2 parameters have a standard error above their value"
+    ]
+    assert doubts(family(sure, 1) | {"provenance": {"kind": "assumed"}}) == []
+
+
+def test_rows_that_no_fit_may_see_are_told_kernel_by_kernel(tmp_path: Path) -> None:
+    notes: list[str] = []
+    copies(tmp_path, held_out=[0, 1] * 4 + [0])
+    tables = read_tables([tmp_path / "memory.csv"])
+    registry.fit_tables(tables, gpu=H200, base=None, note=notes.append, modules=[Copies()])
+    assert notes == ["hbm_copy: 9 rows", "copies fitted"]
 
 
 def test_an_update_replaces_what_it_refits(
@@ -299,7 +368,13 @@ REFUSED = {
         "memory.csv: the profile is of h100-sxm, and every row was measured on h200-sxm",
     ),
     "no profile": ("validate memory.csv --profile p.yaml", "p.yaml: cannot be read: No such file or directory"),
-    "damaged profile": ("validate memory.csv --profile mine.yaml", "mine.yaml: device: Field required"),
+    "damaged profile": ("validate memory.csv --profile mine.yaml", "mine.yaml: has no families: it is no profile"),
+    "a scenario as base": (
+        f"{FIT} --base scenario.yaml",
+        "scenario.yaml: is a scenario: it is no profile of a GPU; fix: use what moesim calibrate fit wrote",
+    ),
+    "a file twice": (f"{FIT} ./memory.csv", "./memory.csv: is given twice; fix: name every file once"),
+    "a file twice to validate": ("validate memory.csv memory.csv --profile h200", "memory.csv: is given twice; fix: "),
     "page that is none": ("validate memory.csv --profile h200 --html p.csv", "--html: 'p.csv': must end in .html"),
     "no device": ("fit memory.csv -o p.yaml", "Missing option '--device'; fix: see moesim calibrate fit --help"),
     "no command": ("measure x", "No such command 'measure'; fix: see moesim calibrate --help"),
@@ -313,11 +388,27 @@ def test_refusals_are_one_line(
     arguments, said = REFUSED[case]
     copies(tmp_path)
     (tmp_path / "mine.yaml").write_text(GPU)
+    (tmp_path / "scenario.yaml").write_text("model: mixtral-8x7b\nworkload: {kind: decode}\n")
     told = calibrate(arguments)
     assert told.code == 2
     assert told.err.startswith(f"moesim: {said}")
     assert len(told.err.splitlines()) == 1
     assert told.out == ""
+
+
+@pytest.mark.parametrize("present", [(), ("measured/serving.csv",)])
+def test_a_folder_without_the_serving_rows_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], present: tuple[str, ...]
+) -> None:
+    for name in present:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("id\n")
+    assert serving.main([str(tmp_path)]) == 2
+    lacking = "published_facts.csv" if present else "measured/serving.csv"
+    assert capsys.readouterr() == (
+        "",
+        f"moesim: {tmp_path}: holds no {lacking}; fix: give the folder that measured/serving.csv is in\n",
+    )
 
 
 def test_a_gpu_of_no_catalog_is_described_in_a_file(
@@ -360,6 +451,7 @@ def test_the_page_shows_every_operation_and_where_the_profile_is_from(
     body = page[: page.index("<script")]
     assert "9 of 18 measured rows are predicted by the profile of h200-sxm (p.yaml)" in body
     assert "<h2>hbm_copy [us]</h2>" in body
+    assert "<th>mean</th>" in body[: body.index("<h2>hbm_copy [us]</h2>")]  # a summary comes first
     assert "no family of theirs&lt;b&gt;" in body
     assert body.index("How the profile was fitted") < body.index("copies")
     assert "n_bytes 16777216" in page  # what a point is
@@ -380,6 +472,33 @@ def test_a_page_of_many_rows_draws_some_and_counts_all(
     assert "27,000 of 27,000" in page
     assert 900 <= page.count("n_bytes ") <= 1000
     assert len(page) < 6e6
+
+
+def test_the_page_names_each_reason_once_and_shortens_long_names(
+    calibrate: Callable[[str], Told], tmp_path: Path, stub: Copies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies(tmp_path)
+    calibrate(FIT)
+    frame = pd.concat([pd.read_csv(tmp_path / "memory.csv")] * 3)
+    frame["implementation"] = np.repeat(["mine", "a", "b"], 9)
+    frame.to_csv(tmp_path / "many.csv", index=False)
+    long = "vllm:some_unquantized_method_triton_experts"
+    told = stub.predict_table
+
+    def predict(rows: pd.DataFrame, *, gpu: Any, profile: Any) -> Prediction:
+        one = told(rows.assign(implementation="mine"), gpu=gpu, profile=profile)
+        known = rows["implementation"].isin(["mine", long]).to_numpy()
+        return Prediction(np.where(known, one.time_s, np.nan), [None if k else "no family" for k in known])
+
+    monkeypatch.setattr(stub, "predict_table", predict)
+    copies(tmp_path, implementation=long)
+    assert calibrate("validate memory.csv many.csv --profile p.yaml --html page.html").code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<td>18</td><td>no family</td><td>hbm_copy a any and 1 more</td>" in page
+    legends = re.findall(r'"name":\s*"([^"]*)"', page)
+    assert "mine" in legends and any("\\u2026" in name or "…" in name for name in legends)
+    assert not any("vllm:" in name or len(name.replace("\\u2026", ".")) > 28 for name in legends)
+    assert f"{long}<br>" in page or f"{long}\\u003cbr" in page  # whole on hover
 
 
 # ---------------------------------------------------------------- the real fits

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import subprocess
 import sys
 from collections.abc import Callable
@@ -120,7 +122,7 @@ def changed(**cells: object) -> Callable[[Path], Path]:
 BAD_CELLS: dict[str, tuple[dict[str, object], str]] = {
     "zero time": ({"latency_s": 0.0}, "latency_s must be a finite number above 0 [s]"),
     "negative time": ({"latency_s": -1e-6}, "-1e-06"),
-    "no time": ({"latency_s": None}, "nothing"),
+    "no time": ({"latency_s": None}, "blank: latency_s must be"),
     "NaN": ({"latency_s": float("nan")}, "latency_s must be a finite number above 0 [s]"),
     "infinite time": ({"latency_s": float("inf")}, "inf"),
     "fraction of a row": ({"m": 1.5}, "m must be a whole number of at least 1"),
@@ -144,6 +146,26 @@ def test_cells_that_break_a_rule_are_refused_by_line(
     told = refusal(changed(**cells)(tmp_path / f"a{suffix}"))
     assert told.startswith(place)
     assert said in told
+
+
+AGAIN = "; fix: measure the point again or delete the line"
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-6, float("nan"), None])
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_time_that_cannot_be_is_to_be_measured_again(
+    tmp_path: Path, suffix: str, value: float | None
+) -> None:
+    assert refusal(write(tmp_path / f"a{suffix}", GEMM, GEMM | {"latency_s": value})).endswith(AGAIN)
+
+
+def test_cells_without_a_value_are_called_what_they_may_be(tmp_path: Path) -> None:
+    nan = GEMM | {"latency_s": float("nan")}
+    assert refusal(write(tmp_path / "a.parquet", GEMM, nan)).startswith(": row 2: is NaN or blank: latency_s")
+    assert refusal(write(tmp_path / "a.csv", GEMM, nan)).startswith(
+        ":3: is blank: latency_s"
+    )  # pandas writes none
+    assert refusal(write(tmp_path / "a.csv", GEMM, GEMM | {"op": ""})).startswith(":3: is blank: op must be")
 
 
 @pytest.mark.parametrize("word", ["nan", "inf", "fast", "1e-6s"])
@@ -183,12 +205,20 @@ def test_latent_attention_may_leave_its_heads_blank(tmp_path: Path) -> None:
     assert read_table(write(tmp_path / "a.csv", row)).kind == "attention"
 
 
+HEAD = "op,device,implementation,software,dtype,m,n,k,latency_s"
+LINE = "gemm,h200-sxm,mine,mine 1,bfloat16,4096,8192,8192,0.0007"
 COLUMNS: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
-    "missing": (lambda f: f.drop(columns=["latency_s", "software"]), "columns software, latency_s"),
+    "missing": (
+        lambda f: f.drop(columns=["latency_s", "software"]),
+        f"columns software, latency_s; fix: the header of gemm is {HEAD}",
+    ),
     "misspelt": (lambda f: f.rename(columns={"latency_s": "latency_ms"}), "fix: rename latency_ms to latency_s"),
     "extra": (lambda f: f.assign(speed=1), "have no column speed; fix: rename speed to seed or delete it"),
     "extra like an optional one": (lambda f: f.assign(latency_p90=1.0), "fix: rename latency_p90 to latency_p90_s or"),
-    "no op": (lambda f: f.drop(columns="op"), "column op is missing"),
+    "missing and misspelt": (
+        lambda f: f.drop(columns="m").rename(columns={"latency_s": "latency_ms"}), f"fix: the header of gemm is {HEAD}",
+    ),
+    "no op": (lambda f: f.drop(columns="op"), f"column op is missing; fix: the header of gemm is {HEAD}"),
     "no rows": (lambda f: f.iloc[:0], "holds no rows"),
 }  # fmt: skip
 
@@ -211,13 +241,21 @@ def test_a_library_without_its_message_bytes_is_no_framework_kernel(tmp_path: Pa
     assert "collective measurements need the column message_bytes" in told
 
 
-HEAD = "op,device,implementation,software,dtype,m,n,k,latency_s"
-LINE = "gemm,h200-sxm,mine,mine 1,bfloat16,4096,8192,8192,0.0007"
 FILES: dict[str, tuple[str, bytes, str]] = {
     "empty": ("a.csv", b"", ": is empty"),
     "blank": ("a.csv", b" \n\n", ": is empty"),
     "empty Parquet": ("a.parquet", b"", ": is empty"),
-    "cut off": ("a.csv", f"{HEAD}\n{LINE}\n{LINE[:17]}".encode(), ":3: has 3 of 9 cells: the last line is cut off"),
+    "cut off": ("a.csv", f"{HEAD}\n{LINE}\n{LINE[:17]}".encode(), ":3: the last line has no end: it was cut short"),
+    "cut in its last cell": ("a.csv", f"{HEAD}\n{LINE}\n{LINE[:-2]}".encode(), ":3: the last line has no end: it was"),
+    "cut header": ("a.csv", HEAD[:-5].encode(), ":1: the last line has no end"),
+    "cut, old line ends": ("a.csv", f"{HEAD}\r{LINE}\r{LINE[:-2]}".encode(), ":3: the last line has no end"),
+    "semicolons": ("a.csv", f"{HEAD}\n{LINE}\n".replace(",", ";").encode(), ":1: cells are parted by semicolons, not"),
+    "tabs": ("a.csv", f"{HEAD}\n{LINE}\n".replace(",", "\t").encode(), ":1: cells are parted by tabs, not by commas"),
+    "serving": (
+        "a.csv", b"id,system,isl,osl,concurrency,ttft_s,tpot_s\na,h200-sxm,1,1,1,1,1\n",
+        ":1: is a table of serving benchmarks, not of kernels; fix: python -m calibrate.validate.serving",
+    ),
+    "another table": ("a.csv", b"a,b\n1,2\n", ":1: column op is missing; fix: the first line names the columns"),
     "too long": ("a.csv", f"{HEAD}\n{LINE},1\n{LINE}\n".encode(), ":2: has 10 of 9 cells; fix: one cell a column"),
     "gap": ("a.csv", f"{HEAD}\n{LINE}\n\n{LINE}\n".encode(), ":3: has 0 of 9 cells"),
     "header twice": ("a.csv", f"{HEAD},m\n{LINE},1\n".encode(), ":1: 'm': column is there twice"),
@@ -266,12 +304,19 @@ def test_a_spreadsheet_s_habits_are_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize(("factor", "unit"), [(1e3, "milliseconds"), (1e6, "microseconds")])
+@pytest.mark.parametrize(
+    ("factor", "unit"),
+    [
+        (1e3, "milliseconds; fix: divide latency_s by 1000"),
+        (1e6, "microseconds; fix: divide latency_s by 1e6"),
+        (1e9, "nanoseconds; fix: divide latency_s by 1e9"),
+    ],
+)
 def test_times_in_another_unit_are_called_out(tmp_path: Path, kind: str, factor: float, unit: str) -> None:
     row = ROWS[kind]
     path = write(tmp_path / "a.csv", *[row | {"latency_s": float(str(row["latency_s"])) * factor}] * 3)
     told = refusal(path)
-    assert f"latency_s looks like {unit}; fix: divide latency_s by" in told
+    assert told.endswith(f"latency_s looks like {unit}")
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -284,6 +329,30 @@ def test_times_below_what_the_device_can_do_are_called_out(tmp_path: Path, kind:
 def test_only_the_median_counts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", GEMM, GEMM, GEMM | {"latency_s": 7e-1})
     assert len(read_table(path).frame) == 3
+
+
+def test_single_rows_in_another_unit_are_noted(tmp_path: Path) -> None:
+    rows = [GEMM] * 3 + [GEMM | {"latency_s": 0.7}] * 2
+    slow = ROWS["collective"] | {"implementation": "gloo", "latency_s": 30.0}
+    paths = [
+        write(tmp_path / "a.csv", *rows),
+        write(tmp_path / "b.csv", slow),
+        write(tmp_path / "c.csv", GEMM),
+    ]
+    notes: list[str] = []
+    assert len(read_tables(paths, note=notes.append)) == 3
+    assert notes == [
+        f"{tmp_path / 'a.csv'}:5: 2 of 5 rows take at least 300 times what the datasheet asks for, this the first: "
+        "another unit, or outliers?"
+    ]
+
+
+def test_a_file_is_named_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", GEMM)
+    (tmp_path / "b.csv").symlink_to(path)
+    for other in (path, f"{tmp_path}/../{tmp_path.name}/a.csv", tmp_path / "b.csv"):
+        with pytest.raises(MeasurementError, match="is given twice; fix: name every file once"):
+            read_tables([path, other])
 
 
 def test_launch_bound_rows_do_not_hide_times_that_are_too_short(tmp_path: Path) -> None:
@@ -404,6 +473,46 @@ def test_a_killed_process_loses_nothing_that_it_wrote(tmp_path: Path) -> None:
         assert [row["m"] for row in recorder.rows] == [1, 2, 3]
 
 
+def test_one_process_writes_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "gemm.csv"
+    program = f"from calibrate.recorder import Recorder\nRecorder({str(path)!r}, 'gemm')\n"
+
+    def other() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    with Recorder(path, "gemm") as recorder:
+        recorder.append({**POINT, "latency_s": 7e-4})
+        before = path.read_bytes()
+        refused = other()
+        assert refused.returncode == 1
+        assert f"{path}: another process is writing this file; fix: wait for its end" in refused.stderr
+        assert path.read_bytes() == before
+    assert other().returncode == 0
+    with pytest.raises(MeasurementError, match="is no file of memory"):
+        Recorder(path, "memory")
+    assert other().returncode == 0  # a refusal keeps no lock
+
+
+def test_files_are_recorded_where_nothing_can_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    Recorder(tmp_path / "a.csv", "gemm").close()
+    monkeypatch.setattr("calibrate.recorder.fcntl", None)
+    with Recorder(tmp_path / "a.csv", "gemm") as recorder:
+        assert len(recorder) == 0
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 1
+
+
 def test_a_file_of_another_kind_is_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     with Recorder(path, "memory") as recorder:
@@ -440,7 +549,7 @@ def test_rows_that_break_a_rule_are_not_written(tmp_path: Path) -> None:
         for row, said in [
             ({**POINT, "latency_s": -1.0}, "latency_s must be"),
             ({**POINT, "latency_s": float("nan")}, "latency_s must be"),
-            (POINT, "'nothing': latency_s must be"),
+            (POINT, r"a\.csv: is blank: latency_s must be"),
             ({**GEMM, "speed": 1}, "has no column speed"),
             ({**GEMM, "split": "equal"}, "has no column split; fix: start a new file"),
         ]:

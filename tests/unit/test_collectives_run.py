@@ -140,6 +140,9 @@ def test_one_process_alone_is_told_how_to_start_several() -> None:
         (["--dtype", "fp4"], "--dtype: 'fp4': is not known here; fix: bfloat16"),
         (["--backend", "gloo", "--one-gpu-sockets"], "--one-gpu-sockets: is about NCCL"),
         (["--sizes", "5KiB..1KiB"], "--sizes: '5KiB..1KiB': sizes ascend from one byte"),
+        (["--sizes", "3..7"], "--sizes: '3..7': a size in bytes needs a unit; fix: write 1KiB..1GiB"),
+        (["--budget", "abc"], "--budget: 'abc': is not a time; fix: write a number and s, m or h"),
+        (["--timeout", "-3s"], "--timeout: '-3s': must be above 0; fix: write a number and s, m or h"),
     ],
 )
 def test_rank_0_refuses_an_option_in_one_line(
@@ -148,7 +151,7 @@ def test_rank_0_refuses_an_option_in_one_line(
     pytest.importorskip("torch")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(MeasurementError) as refused:
+    with pytest.raises((MeasurementError, UnitError)) as refused:
         app(["collectives", "-o", str(tmp_path / "links.csv"), *options], standalone_mode=False)
     assert str(refused.value).startswith(said)
 
@@ -173,6 +176,12 @@ def test_every_rank_takes_a_gpu_of_its_own_or_says_that_there_is_none() -> None:
     assert world.software() == "nccl 2.29.7, torch 2.13.0"
     with pytest.raises(HardwareError, match=r"sees 1 for 4 on this host; fix: .*--one-gpu-sockets"):
         world_of(1, one_gpu=False).take_device()
+    with pytest.raises(HardwareError, match=r"sees 0 for 4 on this host; fix: use --backend gloo$"):
+        world_of(0, one_gpu=False).take_device()
+    with pytest.raises(
+        HardwareError, match=r"^--one-gpu-sockets: needs one CUDA GPU .*fix: run on a machine with"
+    ):
+        world_of(0, one_gpu=True).take_device()
 
 
 def test_ranks_of_one_gpu_pass_for_different_hosts(monkeypatch: pytest.MonkeyPatch) -> None:

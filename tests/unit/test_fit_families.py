@@ -210,8 +210,21 @@ def test_launches_and_memory_make_the_elementwise_family() -> None:
     assert element["hbm_fraction"] == pytest.approx(0.9, rel=0.05)
     assert values(profile, "launch", "eager")["launch_s"] == pytest.approx(4e-6, rel=0.05)
     assert values(profile, "hbm_read", "cuda")["l2_ratio"] == pytest.approx(3.0, rel=0.3)
+    held = {one.op: one.held_out for one in profile.families}
+    assert held["launch"] is not None and held["hbm_copy"] is not None and held["elementwise"] is not None
+    graph = profile.family("launch", "graph").held_out
+    assert graph is not None
+    assert held["elementwise"].median_ape == max(graph.median_ape, held["hbm_copy"].median_ape)
+    assert held["elementwise"].split.startswith(("launch: ", "hbm_copy: "))
     told = elementwise.predict_table(rows, gpu=GPU, profile=profile)
     assert np.median(np.abs(told.time_s / rows.latency_s - 1)) < 0.03
+    one_launch = rows[(rows.op != "launch") | ((rows["mode"] == "graph") & (rows.n_kernels == 1))]
+    few, _ = fitted(elementwise, one_launch.reset_index(drop=True))
+    assert {one.op for one in few.families} == {
+        "launch",
+        "hbm_read",
+        "hbm_copy",
+    }  # a launch is two parameters
     part, _ = fitted(elementwise, rows[rows.op == "hbm_read"].reset_index(drop=True))
     assert {one.op for one in part.families} == {"hbm_read"}
     assert "no family launch eager" in str(

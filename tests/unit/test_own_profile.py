@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from moesim.errors import ProfileError, ScenarioError
-from moesim.hardware import load_profile, read_profile
+from moesim.hardware import Profile, load_profile, read_profile
+from moesim.hardware.profile import Provenance, profile_for
 from moesim.plan.context import Context
 from moesim.plan.run import price_one
 from moesim.scenario import Scenario, read_scenario
@@ -72,7 +73,44 @@ def test_a_profile_of_another_device_is_refused(tmp_path: Path) -> None:
         Context.of(scenario(tmp_path, path))
 
 
-def test_families_carried_over_are_said(tmp_path: Path) -> None:
-    path = written(tmp_path)
-    path.write_text(path.read_text(encoding="utf-8").replace("kind: fitted", "kind: carried-over"), "utf-8")
-    assert read_profile(path).over(load_profile("h200-sxm")).carried_from == "its base profile"
+def as_kind(path: Path, kind: str, implementation: str = "torch-cublas") -> Profile:
+    text = path.read_text(encoding="utf-8").replace("kind: fitted", f"kind: {kind}")
+    path.write_text(text.replace("torch-cublas", implementation), encoding="utf-8")
+    return read_profile(path)
+
+
+@pytest.mark.parametrize("kind", ["carried-over", "assumed"])
+def test_what_was_measured_on_the_gpu_is_not_given_up_for_a_filler(tmp_path: Path, kind: str) -> None:
+    catalog = load_profile("h200-sxm")
+    whole = as_kind(written(tmp_path, launch_s=1.0), kind).over(catalog)
+    assert whole.family("gemm", "torch-cublas", "bfloat16") == catalog.family(
+        "gemm", "torch-cublas", "bfloat16"
+    )
+    assert whole.carried_from is None
+    assert len(whole.families) == len(catalog.families)
+    usual = price_one(scenario(tmp_path))
+    assert price_one(scenario(tmp_path, tmp_path / "mine.yaml")).step_s[0] == usual.step_s[0]
+
+
+@pytest.mark.parametrize("kind", ["carried-over", "assumed"])
+def test_a_filler_takes_the_place_of_an_assumption(tmp_path: Path, kind: str) -> None:
+    catalog = load_profile("h200-sxm")
+    family = catalog.family("gemm", "torch-cublas", "bfloat16")
+    guess = family.model_copy(update={"provenance": Provenance(kind="assumed", data="a guess")})
+    others = tuple(one for one in catalog.families if one is not family)
+    base = Profile(device="h200-sxm", families=(*others, guess))
+    found = as_kind(written(tmp_path), kind).over(base).family("gemm", "torch-cublas", "bfloat16")
+    assert found.provenance.data == "ours"
+
+
+def test_fillers_in_use_are_said(tmp_path: Path) -> None:
+    whole = as_kind(written(tmp_path), "carried-over", "mine").over(load_profile("h200-sxm"))
+    assert whole.family("gemm", "mine", "bfloat16").provenance.kind == "carried-over"
+    assert whole.carried_from == "its base profile"
+
+
+def test_a_gpu_without_measurements_of_its_own_takes_every_family_given(tmp_path: Path) -> None:
+    given = as_kind(written(tmp_path, device="b200-sxm", launch_s=1.0), "carried-over")
+    whole = given.over(profile_for("b200-sxm"))
+    assert whole.family("gemm", "torch-cublas", "bfloat16").values()["launch_s"] == 1.0
+    assert whole.carried_from == "h200-sxm"

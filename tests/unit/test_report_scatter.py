@@ -49,22 +49,24 @@ def figures_of(text: str) -> list[dict]:
 def test_panels_thin_the_scatter_and_count_every_row(tmp_path):
     measured = np.repeat([1.0, 100.0], 500)
     predicted = measured * np.repeat([1.1, 0.8], 500)  # small ones 10% above, large ones 20% below
-    groups = [Compared(str(n), measured.tolist(), predicted.tolist(), ["x"] * 1000) for n in range(7)]
+    groups = [Compared(str(n), measured.tolist(), predicted.tolist(), ["x"] * 1000) for n in range(17)]
     lead = "some <rows>"
     path = write_scatter_report(
-        tmp_path / "a.html", "T", {"t [us]": groups}, {}, panels=Panels(lead=lead, max_points=700)
+        tmp_path / "a.html", "T", {"t [us]": groups}, {}, panels=Panels(lead=lead, max_points=1700)
     )
     text = path.read_text()
     assert "some &lt;rows&gt;" in text
     scatter, by_size, spread = figures_of(text)
     markers = [one for one in scatter["data"] if one["mode"] == "markers"]
-    assert [len(one["x"]) for one in markers] == [100] * 7
-    assert text.count("<td>1000</td>") == 7
+    assert [len(one["x"]) for one in markers] == [100] * 17
+    assert text.count("<td>1,000</td>") == 17
     for line in by_size["data"]:
         assert line["x"] == pytest.approx([1.0, 100.0]) and line["y"] == pytest.approx([0.1, -0.2])
         assert line["text"] == ["500 rows", "500 rows"]
     strokes = {(line["line"]["color"], line["line"]["dash"]) for line in by_size["data"]}
-    assert len(strokes) == 7  # told apart although there are six colours
+    assert len(strokes) == 17  # told apart although there are nine colours
+    marks = {(one["marker"]["color"], one["marker"]["symbol"]) for one in markers}
+    assert len(marks) == 17
     for line in spread["data"]:
         shares = dict(zip(line["x"], line["y"], strict=True))
         assert sum(shares.values()) == pytest.approx(1)
@@ -77,3 +79,26 @@ def test_errors_beyond_the_histogram_are_in_its_last_bars(tmp_path):
     path = write_scatter_report(tmp_path / "a.html", "T", {"t": groups}, {}, panels=Panels("", 10))
     spread = figures_of(path.read_text())[2]["data"][0]
     assert spread["y"][-1] == pytest.approx(1 / 3, abs=1e-3)
+
+
+def test_legends_are_short_and_below_and_the_whole_name_is_shown_on_hover(tmp_path):
+    long = "vllm:" + "a_long_kernel" * 9
+    groups = [Compared(f"{long} {n}", [1.0, 2.0], [1.0, 2.0], ["x"] * 2, f"kernel {n}") for n in range(17)]
+    summary = [["op", "rows"], ["gemm", "1,234"]]
+    path = write_scatter_report(
+        tmp_path / "a.html", "T", {"t": groups}, {}, panels=Panels("lead", 10, summary)
+    )
+    text = path.read_text()
+    assert text.index("lead") < text.index("1,234") < text.index("<h2>t</h2>")
+    few = write_scatter_report(tmp_path / "b.html", "T", {"t": groups[:1]}, {}, panels=Panels("", 10))
+    assert "Summary" not in few.read_text()
+    for many, one in zip(figures_of(text), figures_of(few.read_text()), strict=True):
+        named = [trace for trace in many["data"] if "name" in trace]
+        assert [trace["name"] for trace in named] == [f"kernel {n}" for n in range(17)]
+        assert all(trace["hovertemplate"].startswith(f"{long} ") for trace in named)
+        assert many["layout"]["legend"]["yanchor"] == "bottom" and many["layout"]["legend"]["y"] == 0
+        plots = [
+            figure["layout"]["height"] - figure["layout"]["margin"]["t"] - figure["layout"]["margin"]["b"]
+            for figure in (many, one)
+        ]
+        assert plots[0] == plots[1]  # the legend takes nothing of the plot

@@ -13,7 +13,7 @@ import pytest
 
 from calibrate.app import app
 from calibrate.run import command
-from calibrate.run.command import parse_budget
+from calibrate.run.options import check_file, check_folder, parse_budget
 from calibrate.run.session import Outcome
 from moesim.errors import MeasurementError, UnitError
 
@@ -34,7 +34,7 @@ def test_list_needs_no_gpu_and_adds_up(capsys: pytest.CaptureFixture[str]) -> No
     told = json.loads(capsys.readouterr().out)
     assert 550 <= told["n_points"] == len(told["points"]) <= 620
     assert told["seconds"] == pytest.approx(sum(one["seconds"] for one in told["points"]))
-    assert told["seconds"] < 6 * 60
+    assert told["seconds"] < 9 * 60
     assert told["n_held_out"] == pytest.approx(0.2 * told["n_points"], rel=0.05)
     assert sum(row["points"] for row in told["families"].values()) == told["n_points"]
 
@@ -68,9 +68,33 @@ def test_listing_loads_no_torch() -> None:
     ("args", "said"),
     [
         (["all"], "-o: say where the files go"),
-        (["all", "-o", "{folder}", "--budget", "0s"], "must be above 0"),
-        (["all", "-o", "{folder}", "--budget", "6"], "needs a unit"),
-        (["kernels", "--list", "--gpu", "h2000"], "h2000"),
+        (
+            ["all", "-o", "{folder}", "--budget", "0s"],
+            "--budget: '0s': must be above 0; fix: write a number and",
+        ),
+        (
+            ["all", "-o", "{folder}", "--budget", "-3s"],
+            "--budget: '-3s': must be above 0; fix: write a number and",
+        ),
+        (
+            ["all", "-o", "{folder}", "--budget", "6"],
+            "--budget: '6': a time needs a unit; fix: write a number and",
+        ),
+        (
+            ["all", "-o", "{folder}", "--budget", "abc"],
+            "--budget: 'abc': is not a time; fix: write a number and",
+        ),
+        (["kernels", "--list", "--gpu", "h2000"], "--gpu: 'h2000': unknown GPU; fix: did you mean h200?"),
+        (
+            ["all", "-o", __file__, "--device", "cpu"],
+            f"-o: {__file__!r}: is a file, and a folder is due; fix: name",
+        ),
+        (
+            ["all", "-o", f"{__file__}/x", "--device", "cpu"],
+            f"cannot be made: {__file__} is a file; fix: name",
+        ),
+        (["everything", "-o", __file__], "is a file, and a folder is due"),
+        (["all", "--list", "--device", "tpu"], "--device: 'tpu': is no device"),
         (["all", "-o", "{folder}", "--device", "tpu"], "use cuda, cuda:N or cpu"),
     ],
 )
@@ -114,8 +138,36 @@ def test_a_wrong_kernel_ends_in_an_error(capsys: pytest.CaptureFixture[str], tmp
     assert stopped.value.exit_code == 1
     out, err = capsys.readouterr()
     assert "1 points skipped" in out and "too large" in out
-    assert "drifted by 10.0%" in out
+    assert "warning: the sentinel drifted by 10.0%" in out
     assert "wrong result, not timed: gemm m=1" in err
+
+
+def test_a_point_that_ended_an_earlier_run_is_named_and_an_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import typer
+
+    with pytest.raises(typer.Exit):
+        command.tell(Outcome(n_points=2, n_measured=1, lost=["gemm m=3"]), tmp_path, json=False)
+    assert "1 points left out, since an earlier run ended in them" in (said := capsys.readouterr().out)
+    assert said.rstrip().endswith("gemm m=3")
+
+
+def test_an_interrupt_while_the_sentinel_is_made_is_no_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import typer
+
+    from calibrate.run import cases
+
+    def interrupted(machine: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cases, "sentinel", interrupted)
+    with pytest.raises(typer.Exit) as stopped:
+        command._measured(None, tmp_path, [], 1.0, 0)
+    assert stopped.value.exit_code == 130
+    assert "interrupted: 0 of 0 points" in capsys.readouterr().err
 
 
 def test_nothing_measured_and_all_skipped_is_an_error(tmp_path: Path) -> None:
@@ -124,3 +176,43 @@ def test_nothing_measured_and_all_skipped_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(typer.Exit):
         command.tell(Outcome(n_points=1, skipped=["gemm: no"]), tmp_path, json=True)
     command.tell(Outcome(n_points=1, n_before=1), tmp_path, json=True)
+
+
+def test_a_processor_that_drifts_is_no_warning(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    outcome = Outcome(n_points=1, n_measured=1, sentinel_s=[1.0, 1.0, 1.02])
+    command.tell(outcome, tmp_path, json=False)
+    assert "drifted" not in capsys.readouterr().out, "2% are within the limit"
+    outcome.sentinel_s = [1.0, 1.0, 1.3]
+    command.tell(outcome, tmp_path, json=False, steady=False)
+    out = capsys.readouterr().out
+    assert "the sentinel drifted by 30.0%: a processor's clock wanders" in out and "warning" not in out
+
+
+def test_where_files_go_is_looked_at_before_anything_is_measured(tmp_path: Path) -> None:
+    check_folder(tmp_path / "a" / "b")
+    check_file(tmp_path / "a" / "links.csv")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "links.csv").touch()
+    for path, said in [
+        (tmp_path, "-o: .*is a folder; fix: add the name of a CSV file"),
+        (tmp_path / "links.txt", r"must end in \.csv; fix: -o .*links\.csv"),
+        (tmp_path / "links.csv" / "x.csv", "is a file"),
+    ]:
+        with pytest.raises(MeasurementError, match=said):
+            check_file(path)
+
+
+def test_folders_without_permission_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    (tmp_path / "links.csv").touch()
+    with pytest.raises(MeasurementError, match=f"no permission in {tmp_path}; fix: name another folder"):
+        check_folder(tmp_path / "new")
+    monkeypatch.setattr(os, "access", lambda path, mode: path == tmp_path)
+    with pytest.raises(MeasurementError, match="no permission; fix: name another file"):
+        check_file(tmp_path / "links.csv")
+
+
+def test_a_folder_that_the_system_does_not_make_is_told_in_one_line() -> None:
+    done = calibrate("transfers", "-o", "/proc/moesim", "--device", "cpu")
+    assert done.returncode == 2
+    assert "-o: '/proc/moesim': cannot be" in done.stderr and len(done.stderr.splitlines()) == 1

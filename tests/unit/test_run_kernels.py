@@ -102,6 +102,25 @@ def test_fresh_routing_goes_into_the_same_buffers(interpreter: Interpreter) -> N
     assert interpreter(sorted_anew, {"op": "moe_up", "implementation": "moesim-triton", **EXPERTS})
 
 
+def scratch_of(columns: dict[str, Value]) -> tuple[int, int, int, bool]:
+    """Sets, and distinct inputs and outputs of the step among them; whether the inputs are numbers."""
+    case = built("moe_step", columns)
+    spaces = case._pipeline._spaces
+    read = [space.rows if columns["op"] == "moe_combine" else space.h for space in spaces]
+    inputs, outputs = ({one.data_ptr() for one in ones} for ones in (read, [space.out for space in spaces]))
+    used = [rows[rows.abs().sum(dim=1) > 0] for rows in read]
+    return case.n_sets, len(inputs), len(outputs), all(bool(one.isfinite().any()) for one in used)
+
+
+@pytest.mark.parametrize("op", ["moe_down", "moe_combine"])
+def test_sets_of_a_step_share_nothing_that_it_reads(interpreter: Interpreter, op: str) -> None:
+    columns = {"op": op, "implementation": "moesim-triton", **EXPERTS}
+    n_sets, n_inputs, n_outputs, filled = interpreter(scratch_of, columns)
+    assert n_sets > 1
+    assert n_inputs == n_outputs == n_sets
+    assert filled
+
+
 def router_checked(scoring: str) -> int:
     import torch
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from calibrate.recorder import Recorder
 from calibrate.run.design import Candidate
 from calibrate.run.points import Point
 from calibrate.run.protocol import DoesNotFitError, WrongResultError
-from calibrate.run.session import Session
+from calibrate.run.session import DeviceLostError, Session
 from calibrate.tables import read_table
 from tests.run_fakes import FakeCase, FakeDevice
 
@@ -34,6 +36,7 @@ class Bench:
         self.device = FakeDevice()
         self.built: list[int] = []
         self.at: dict[int, Exception | KeyboardInterrupt] = {}
+        self.breaks: set[int] = set()
         self.sentinel_s = [1e-3]
         self.now_s = 0.0
         self.build_s = 0.0
@@ -42,6 +45,7 @@ class Bench:
         m = int(point.columns["m"])
         self.built.append(m)
         self.now_s += self.build_s
+        self.device.dead = self.device.dead or m in self.breaks
         if m in self.at and not isinstance(self.at[m], WrongResultError):
             raise self.at[m]
         wrong = self.at.get(m)
@@ -90,6 +94,25 @@ def test_an_interrupted_run_loses_nothing_and_goes_on(tmp_path: Path) -> None:
     rows = rows_in(tmp_path)
     assert Counter((row["m"], row["cache"], row["repeat"]) for row in rows).most_common(1)[0][1] == 1
     assert {row["m"] for row in rows} == set(range(1, 101))
+
+
+@pytest.mark.parametrize("repeat", [0, 1])
+def test_half_of_a_point_is_made_whole_by_the_next_run(repeat: int, tmp_path: Path) -> None:
+    Bench().session(tmp_path).run(POINTS)
+    file = tmp_path / "gemm.csv"
+    whole = Counter((row["m"], row["cache"], row["repeat"]) for row in rows_in(tmp_path))
+    head, *lines = file.read_text().splitlines(keepends=True)
+    at = {name: i for i, name in enumerate(head.strip().split(","))}
+    cells = [line.strip().split(",") for line in lines]
+    lost = next(
+        i for i, one in enumerate(cells) if one[at["cache"]] == "warm" and one[at["repeat"]] == str(repeat)
+    )
+    file.write_text(
+        head + "".join(lines[:lost] + lines[lost + 1 :]) + lines[lost][:20]
+    )  # as a kill leaves it
+    outcome = Bench().session(tmp_path).run(POINTS)
+    assert outcome.n_measured == 1 - repeat
+    assert Counter((row["m"], row["cache"], row["repeat"]) for row in rows_in(tmp_path)) == whole
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
@@ -154,6 +177,109 @@ def test_what_cannot_be_measured_is_named_with_its_reason(tmp_path: Path) -> Non
         5: "RuntimeError: CUDA out of memory.",
     }
     assert bench.device.events.count("release") == len(bench.built)
+
+
+def test_a_kernel_that_breaks_the_device_ends_the_run_and_the_next_one_leaves_it_out(tmp_path: Path) -> None:
+    bench = Bench()
+    bench.at = {3: RuntimeError("CUDA error: an illegal memory access was encountered\nmore")}
+    bench.breaks = {3}
+    with pytest.raises(
+        DeviceLostError, match=r"m=3 .*: broke the device \(RuntimeError: CUDA error"
+    ) as stopped:
+        bench.session(tmp_path).run(POINTS[:10])
+    assert len(str(stopped.value).splitlines()) == 1
+    assert bench.built[-1] == 3, "no other point is tried, or blamed"
+    assert [event["event"] for event in events(tmp_path)][-2:] == ["fatal", "end"]
+    assert not any(event["event"] == "skipped" for event in events(tmp_path))
+    bench.device.dead = False
+    outcome = bench.session(tmp_path).run(POINTS[:10])
+    assert len(outcome.lost) == 1 and "m=3" in outcome.lost[0]
+    assert outcome.n_before + outcome.n_measured == 9 and outcome.n_done == 10
+    assert bench.built.count(3) == 1
+
+
+def test_a_device_that_fails_between_points_is_told_in_one_line(tmp_path: Path) -> None:
+    bench = Bench()
+    session = bench.session(tmp_path)
+
+    def broken() -> float:
+        raise RuntimeError("CUDA error: unspecified launch failure\nmore")
+
+    session._sentinel = broken
+    with pytest.raises(DeviceLostError, match="sentinel: does not run any more") as stopped:
+        session.run(POINTS[:10])
+    assert len(str(stopped.value).splitlines()) == 1
+    assert bench.session(tmp_path).run(POINTS[:10]).lost == []
+
+
+def test_a_process_that_was_killed_in_a_point_does_not_meet_it_again(tmp_path: Path) -> None:
+    bench = Bench()
+    bench.session(tmp_path).run(POINTS[:3])
+    log = tmp_path / "log.jsonl"
+    start = log.read_text().splitlines()[0]
+    begin = json.dumps({"event": "begin", "point": dict(POINTS[7].point.columns)})
+    with log.open("a") as stream:
+        stream.write(f"{start}\n{begin}\n" + '{"event": "sent')
+    log.write_text(log.read_text() + "\n")
+    for _ in range(2):  # and not on the run after next
+        outcome = bench.session(tmp_path).run(POINTS[:10])
+        assert [text for text in outcome.lost if "m=8" in text] and len(outcome.lost) == 1
+    assert 8 not in bench.built
+    lost = [event["point"]["m"] for event in events_that_parse(tmp_path) if event["event"] == "lost"]
+    assert lost == [8, 8]
+    bench.device.software = "fake 2.0"
+    assert bench.session(tmp_path).run(POINTS[:10]).lost == [], "another driver may have mended it"
+    assert 8 in bench.built
+
+
+def events_that_parse(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def test_an_interrupt_is_not_the_points_fault(tmp_path: Path) -> None:
+    bench = Bench()
+    bench.at[5] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        bench.session(tmp_path).run(POINTS[:10])
+    bench.at.clear()
+    outcome = bench.session(tmp_path).run(POINTS[:10])
+    assert outcome.lost == [] and outcome.n_before + outcome.n_measured == 10
+
+
+def test_a_point_that_hangs_ends_the_process_and_is_known(tmp_path: Path) -> None:
+    script = """
+import sys, time
+from pathlib import Path
+from calibrate.run.session import Session
+from tests.run_fakes import FakeDevice
+from tests.unit.test_run_session import Bench, gemm
+
+hang = lambda point, device: time.sleep(60)
+session = Session(FakeDevice(), Path(sys.argv[1]), hang, Bench().sentinel, hang_s=0.5)
+session.run([gemm(4, seconds=0.01)])
+"""
+    repository = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 1 and "Timeout" in done.stderr
+    outcome = Bench().session(tmp_path).run(POINTS[:5])
+    assert [text for text in outcome.lost if "m=4" in text] and outcome.n_measured == 4
+
+
+def test_what_points_took_is_in_the_log_beside_the_estimate(tmp_path: Path) -> None:
+    bench = Bench()
+    bench.build_s = 2.0
+    bench.session(tmp_path).run(POINTS[:4])
+    told = [
+        (event["seconds"], event["estimated_s"]) for event in events(tmp_path) if event["event"] == "done"
+    ]
+    assert set(told) == {(2.0, 0.5)} and len(told) >= 4
 
 
 def test_a_wrong_kernel_has_no_row(tmp_path: Path) -> None:

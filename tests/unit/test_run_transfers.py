@@ -79,6 +79,35 @@ def test_products_run_on_a_stream_of_their_own_before_a_busy_copy(streams: FakeS
     assert busy._n_products >= 3
 
 
+@pytest.mark.parametrize("op", ["h2d", "d2h", "d2d"])
+def test_random_bytes_are_made_on_the_device_and_for_the_source_only(
+    streams: FakeStream, op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processor would need a second for them; where each buffer is told by how it is asked for."""
+    asked: dict[int, str] = {}
+    filled: list[str] = []
+    empty = torch.empty
+
+    def made(*size: int, **how: Any) -> torch.Tensor:
+        found = empty(*size, **how)
+        asked[found.data_ptr()] = "device" if "device" in how else "host"
+        return found
+
+    def random_(self: torch.Tensor, *bounds: int) -> torch.Tensor:
+        filled.append(asked[self.data_ptr()])
+        return self.fill_(7)
+
+    monkeypatch.setattr(torch, "empty", made)
+    monkeypatch.setattr(torch.Tensor, "random_", random_)
+    copied = case(op=op)
+    assert filled == ["device"] * copied.n_sets
+    assert all((one == 7).all() for one in copied._from)
+    copied._to[0].copy_(copied._from[0])
+    copied.call = lambda index: None  # type: ignore[method-assign]
+    with pytest.raises(WrongResultError):  # bytes left from before are no copy
+        copied.check()
+
+
 class Counting:
     """torch, with products counted."""
 
