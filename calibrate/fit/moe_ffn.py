@@ -37,7 +37,7 @@ from moesim.hardware.gpu import Gpu, weight_bytes_per_element
 from moesim.hardware.profile import Profile
 from moesim.routing.catalog import catalog_names
 
-__all__ = ["NAMES", "TABLES", "fit_table", "predict_table", "usable_rows"]
+__all__ = ["NAMES", "RATES", "TABLES", "fit_table", "predict_table", "usable_rows"]
 
 TABLES = ("moe_ffn",)
 NAMES = {
@@ -59,6 +59,10 @@ NAMES = {
 FIT_ROWS, FEW_ROWS, CHECK_ROWS = 2500, 700, 6000
 UNFITTED = frozenset({"trtllm:moe_torch_flow_nongated"})
 """Predicted by the family of their name, but left out of its fit: TensorRT-LLM's experts of two matrices."""
+RATES = ("launch_s", "hbm_fraction", "flops_fraction", "local_traffic_fraction")
+"""What alone is fitted where a device has fewer rows than there are parameters and a base to take the others from."""
+RATE_WEIGHT = 1.0
+"""How strongly these stay near the base's."""
 PRIOR_WEIGHT = 8.0
 """How strongly a device's parameters stay near the base profile's; see `fit_log_least_squares`."""
 GUESS_WEIGHT = 0.1
@@ -230,6 +234,10 @@ def _fit_family(
     seen = rows[seen_rows(rows)]
     own = not seen["implementation"].iloc[0].startswith(("sglang:", "vllm:", "trtllm:"))
     choices = [_held_of(kernel, prior)] if prior else list(kernel.choices(own))
+    if prior and len(seen) < len(
+        FREE
+    ):  # too few to say more than how fast the device is: the shape is the base's
+        choices = [choices[0] | {name: prior[name] for name in FREE if name not in RATES}]
     fit_rows = Priced(
         MeasuredRows.of(sample_rows(seen, FIT_ROWS, seed=0)), gpu, kernel.implementation, kernel.dtype
     )
@@ -288,7 +296,11 @@ def _fit(
         first,
         bounds,
         prior={name: value for name, value in near.items() if value > 0},
-        prior_weight=PRIOR_WEIGHT if prior else GUESS_WEIGHT,
+        prior_weight=GUESS_WEIGHT
+        if not prior
+        else PRIOR_WEIGHT
+        if len(near) > len(RATES) + 1
+        else RATE_WEIGHT,
         max_evaluations=evaluations,
     )
 
