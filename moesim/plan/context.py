@@ -54,6 +54,8 @@ class Context:
     seed: int = 0
     max_drawn_tokens: int = 8192
     """Tokens drawn for one expert group; larger batches are extrapolated from them."""
+    max_flows: float = float("inf")
+    """Flows of a step above which the engine keeps the price per port, where it could play more."""
     own_profile: Profile | None = None
     """Parameters that a user measured, for one GPU."""
     _profiles: dict[str, Profile] = field(default_factory=dict)
@@ -62,7 +64,9 @@ class Context:
     """By identity; the cluster is held so that no other can take its identity."""
 
     @classmethod
-    def of(cls, scenario: Scenario, *, max_drawn_tokens: int = 8192) -> Context:
+    def of(
+        cls, scenario: Scenario, *, max_drawn_tokens: int = 8192, max_flows: float = float("inf")
+    ) -> Context:
         """Load what a scenario names.
 
         Raises
@@ -86,6 +90,7 @@ class Context:
             scenario.policy.capacity_convention,
             scenario.seed,
             max_drawn_tokens,
+            max_flows,
             _own_profile(scenario),
         )
         if backend.stand_in is not None:

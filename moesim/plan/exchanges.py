@@ -62,6 +62,8 @@ class LinkedExchanges:
     """(n_points,) tokens of one attention replica in one exchange."""
     routed: ExpertTraffic
     """Copies before any are dropped over capacity."""
+    max_flows: float = float("inf")
+    """Flows above which none are played, where that is fewer than `MOST_FLOWS`."""
 
     @property
     def n_flows(self) -> int:
@@ -76,7 +78,7 @@ class LinkedExchanges:
     def on_links(self) -> bool:
         """Whether a step's exchanges are few enough to be played as flows, and are exchanges."""
         exchanged = self.case.dispatch in ("low-latency", "normal", "nccl") and self.case.layout.ep > 1
-        return exchanged and self.n_flows <= MOST_FLOWS
+        return exchanged and self.n_flows <= min(MOST_FLOWS, self.max_flows)
 
     @property
     def ranks_per_domain(self) -> int:

@@ -27,6 +27,8 @@ from moesim.work.ops import FloatArray
 
 __all__ = ["Plan", "Ranked", "outcome_of", "plan", "sizes_of", "warnings_of"]
 
+PLAN_FLOWS = 20_000
+"""Flows of a step up to which a confirmation plays exchanges on the links: a tenth of a second; a run plays more."""
 PLAN_DRAWN_TOKENS = 2048
 """Tokens drawn per expert group while planning; a run draws four times as many."""
 
@@ -86,7 +88,7 @@ def plan(scenario: Scenario, *, progress: Callable[[float], None] | None = None)
         If the scenario names what does not exist, or its routing is of another model.
     """
     begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
-    context = Context.of(scenario, max_drawn_tokens=PLAN_DRAWN_TOKENS)
+    context = Context.of(scenario, max_drawn_tokens=PLAN_DRAWN_TOKENS, max_flows=PLAN_FLOWS)
     refused: list[Refused] = []
     todo: list[tuple[Cluster, Layout, Choice]] = []
     train = isinstance(scenario.workload, TrainWorkload)

@@ -213,7 +213,9 @@ def run_pass(
     if case.model.is_moe:
         tokens = micro.n_tokens[:, 0, 0] / n_overlapped
         traffic = context.traffic.traffic(case, batch.phase, [float(n) for n in tokens])
-        exchanges = LinkedExchanges(case, context.traffic, pricer.network, batch.phase, tokens, traffic)
+        exchanges = LinkedExchanges(
+            case, context.traffic, pricer.network, batch.phase, tokens, traffic, context.max_flows
+        )
     everything = Stage(0, tuple(range(case.model.n_layers)), first=True, last=True)
     copies = [] if traffic is None else [traffic] * n_overlapped
     step = forward_step(case, micro, copies, everything, with_host=batch.phase != "train")
