@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn, TypeVar
 import typer
 
 from moesim.cli import show
+from moesim.cli.trace import app as trace_app
 from moesim.errors import MoesimError, ScenarioError
 from moesim.scenario import DEFAULT_SCENARIO, ScenarioFile, json_schema, load_scenario
 
@@ -22,9 +23,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-)
-trace_app = typer.Typer(
-    help="Look at routing traces and bring them in.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(trace_app, name="trace")
 
@@ -186,38 +184,6 @@ def calibrate(context: typer.Context) -> None:
     code = commands(args=context.args, prog_name=context.command_path, standalone_mode=False)
     if code:
         raise typer.Exit(int(code))
-
-
-@trace_app.command("show")
-def trace_show(
-    trace: Annotated[str, typer.Argument(help="Trace file, or a name of `moesim list routing`.")],
-    model: Annotated[str | None, typer.Option(help="Model to show a generator or bare counts for.")] = None,
-    json: Json = False,
-) -> None:
-    """Show how a router loads its experts."""
-    told = show.routing(trace, model)
-    if json:
-        show.json_text(told)
-        return
-    show.routing_tables(trace, told)
-
-
-@trace_app.command("import")
-def trace_import(
-    source: Annotated[Path, typer.Argument(help="SGLang count JSON, token-level npz, or a moesim trace.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Trace to write (.safetensors).")],
-    format_: Annotated[str, typer.Option("--format", help="auto, sglang or npz.")] = "auto",
-    model: Annotated[
-        str | None, typer.Option(help="Model the routing is of; its experts are checked.")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Bring routing of another tool into moesim's format."""
-    told = show.imported(source, output, format_, model)
-    if json:
-        show.json_text(told)
-        return
-    show.import_line(told)
 
 
 def _page(wanted: str | None, default: str | None, *, quiet: bool) -> Path | None:

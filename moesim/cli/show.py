@@ -7,8 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,36 +14,23 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
-from moesim.errors import ScenarioError, TraceError
+from moesim.errors import ScenarioError
 from moesim.hardware import list_clusters, list_gpus
-from moesim.model import list_models, load_model
+from moesim.model import list_models
 from moesim.plan import Maps
 from moesim.report import LayoutDetail, plan_table, ruled_out_table, run_table
-from moesim.routing import (
-    RoutingShape,
-    RoutingTrace,
-    catalog_names,
-    catalog_routing,
-    describe,
-    open_trace,
-    read_npz,
-    read_sglang_counts,
-    write_trace,
-)
+from moesim.routing import catalog_names, catalog_routing
 from moesim.scenario import DEFAULT_SCENARIO
 from moesim.units import format_bytes, format_bytes_per_s, format_flops_per_s, format_seconds
 
 __all__ = [
     "bar",
     "catalog",
+    "console",
     "detail",
     "explanation",
-    "import_line",
-    "imported",
     "json_text",
     "plan",
-    "routing",
-    "routing_tables",
     "rows",
     "run",
     "tables",
@@ -58,7 +43,8 @@ PIPE_COLUMNS = 110
 """Width of what goes to a file or a pipe, where there is no terminal to ask."""
 
 
-def _console() -> Console:
+def console() -> Console:
+    """Standard output, as wide as the terminal."""
     asked = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(soft_wrap=False, width=None if asked else PIPE_COLUMNS)
 
@@ -108,7 +94,7 @@ def detail(maps: Maps) -> LayoutDetail:
 
 def plan(told: Mapping[str, Any], top: int) -> None:
     """Ranking, what is out and why, and what it took."""
-    out = _console()
+    out = console()
     if told["layouts"]:
         out.print(plan_table(told, limit=top))
         out.print("[dim]+n: redundant experts a layer; the band is in brackets[/dim]", highlight=False)
@@ -132,7 +118,7 @@ def _warn(out: Console, told: Mapping[str, Any]) -> None:
 
 def run(told: Mapping[str, Any]) -> None:
     """One result."""
-    out = _console()
+    out = console()
     out.print(run_table(told))
     _warn(out, told)
     for key in ("report", "timeline"):
@@ -142,7 +128,7 @@ def run(told: Mapping[str, Any]) -> None:
 
 def explanation(told: Mapping[str, Any], every: bool) -> None:
     """Terms of a result, step by step, then the families and the memory behind them."""
-    out = _console()
+    out = console()
     out.print(f"[bold]{told['device']}[/bold]: {told['profile']}. {told['summary']}.", highlight=False)
     for one in told["passes"]:
         out.print(_terms_table(one, every))
@@ -245,7 +231,7 @@ def catalog(what: str) -> list[dict[str, Any]]:
 
 def tables(*found: Table, last: str = "") -> None:
     """Tables made elsewhere, and a line below them."""
-    out = _console()
+    out = console()
     for table in found:
         out.print(table)
     if last:
@@ -259,121 +245,10 @@ def rows(title: str, told: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(column, overflow="fold")
     for row in told:
         table.add_row(*(_cell(value) for value in row.values()))
-    _console().print(table)
+    console().print(table)
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, int) and value >= 10**6:
         return f"{value / 1e9:.2f}B"
     return str(value)
-
-
-def routing(name: str, model: str | None) -> dict[str, Any]:
-    """How a router loads its experts, as `moesim.routing.describe` tells it."""
-    shape = None
-    if model is not None:
-        spec = load_model(model)
-        if spec.moe is None:
-            raise TraceError("is a dense model and has no router", value=model, place="--model")
-        moe = spec.moe
-        shape = RoutingShape(len(spec.moe_layers), moe.n_experts, moe.top_k, moe.n_groups, moe.top_groups)
-    source = open_trace(name, n_experts=shape.n_experts if shape else None)
-    if isinstance(source, RoutingTrace):
-        source.check()
-    return describe(source, shape)
-
-
-def routing_tables(name: str, told: Mapping[str, Any]) -> None:
-    """A trace's skew, balance, active experts and locality."""
-    out = _console()
-    facts = ", ".join(
-        f"{key} {told[key]}" for key in ("phase", "n_layers", "n_experts", "top_k", "n_tokens", "n_sequences")
-        if told.get(key) is not None
-    )  # fmt: skip
-    out.print(f"[bold]{told['name']}[/bold] ({name}): {facts}", highlight=False)
-    out.print(f"Source: {told['source']}", highlight=False)
-    for note in told["notes"]:
-        out.print(f"Note: {note}", highlight=False)
-    spread = Table(title="Over layers", title_justify="left")
-    for column in ("", "least", "median", "most"):
-        spread.add_column(column, justify="right" if column else "left")
-    for key, label in (
-        ("busiest_over_mean", "busiest expert over mean"),
-        ("gini", "Gini"),
-        ("entropy", "entropy"),
-    ):
-        one = told[key]
-        spread.add_row(label, *(f"{one[part]:.2f}" for part in ("min", "median", "max")))
-    out.print(spread)
-    active = ", ".join(f"{batch}: {share:.2f}" for batch, share in told["active_experts"].items())
-    out.print(f"Share of experts with a token, by batch: {active}", highlight=False)
-    for ep, one in told["balancedness"].items():
-        out.print(
-            f"Mean over busiest rank at {ep}: {one['as_is']:.2f} as numbered, {one['permuted']:.2f} permuted",
-            highlight=False,
-        )
-    if "locality" in told:
-        shared = ", ".join(f"{key.replace('_', ' ')} {share:.2f}" for key, share in told["locality"].items())
-        out.print(f"Locality: {shared}", highlight=False)
-
-
-def imported(source: Path, output: Path, format_: str, model: str | None) -> dict[str, Any]:
-    """Read routing of another tool and write it as a trace.
-
-    Raises
-    ------
-    TraceError
-        If the format is unknown, or the file breaks a rule.
-    """
-    if not source.is_file():
-        raise TraceError("there is no such file", value=str(source))
-    if output.suffix != ".safetensors":
-        raise TraceError(
-            "a trace is a .safetensors file", value=str(output), fix=f"{output.stem}.safetensors"
-        )
-    spec = load_model(model) if model else None
-    moe = spec.moe if spec else None
-    if format_ == "auto":
-        trace = open_trace(source, n_experts=moe.n_experts if moe else None)
-    elif format_ == "sglang":
-        trace = read_sglang_counts(source, model=model or "unknown", top_k=moe.top_k if moe else None)
-    elif format_ == "npz":
-        trace = read_npz(source, model=model or "unknown", n_experts=moe.n_experts if moe else None)
-    else:
-        raise TraceError("is no known format", value=format_, place="--format", fix="auto, sglang or npz")
-    if not isinstance(trace, RoutingTrace):
-        raise TraceError(
-            "is a generator, not a recording", value=str(source), fix="use it as routing.trace as it is"
-        )
-    if spec is not None and moe is not None:
-        if trace.n_experts != moe.n_experts:
-            raise TraceError(
-                f"{spec.name} has {moe.n_experts} experts", value=trace.n_experts, place=str(source)
-            )
-        if trace.is_token_level and trace.n_layers != len(spec.moe_layers):
-            raise TraceError(
-                f"{spec.name} has {len(spec.moe_layers)} MoE layers",
-                value=trace.n_layers,
-                place=str(source),
-                fix="name the model that was recorded",
-            )
-        trace = replace(trace, model=spec.name, top_k=moe.top_k if trace.top_k is None else trace.top_k)
-    trace.check()
-    write_trace(trace, output)
-    return {
-        "output": str(output), "model": trace.model, "n_experts": trace.n_experts, "top_k": trace.top_k,
-        "n_layers": trace.n_layers, "n_tokens": trace.n_tokens, "token_level": trace.is_token_level,
-        "phase": trace.phase, "notes": list(trace.notes),
-    }  # fmt: skip
-
-
-def import_line(told: Mapping[str, Any]) -> None:
-    """What was written."""
-    out = _console()
-    kind = f"{told['n_tokens']:,} tokens" if told["token_level"] else "counts"
-    out.print(
-        f"{told['output']}: {told['model']}, {told['n_layers']} layers x {told['n_experts']} experts, {kind}",
-        highlight=False,
-    )
-    for note in told["notes"]:
-        out.print(f"Note: {note}", highlight=False)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moesim.cli import show
+from moesim.cli.trace_import import imported
 from moesim.errors import ScenarioError, TraceError
 from moesim.plan import run
 from moesim.scenario import parse_scenario
@@ -37,9 +38,9 @@ def test_a_token_trace_of_a_model_with_other_layers_is_not_imported(tmp_path):
     source = tmp_path / "tokens.npz"
     np.savez(source, expert_ids=ids, sequence_offsets=np.array([0, 6]))
     with pytest.raises(TraceError, match="36 MoE layers"):
-        show.imported(source, tmp_path / "out.safetensors", "auto", "gpt-oss-120b")
+        imported(source, tmp_path / "out.safetensors", "auto", "gpt-oss-120b")
     assert not (tmp_path / "out.safetensors").exists()
-    assert show.imported(source, tmp_path / "out.safetensors", "auto", "gpt-oss-20b")["n_layers"] == 24
+    assert imported(source, tmp_path / "out.safetensors", "auto", "gpt-oss-20b")["n_layers"] == 24
 
 
 def test_fewer_requests_than_replicas_make_fewer_tokens():
