@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moesim.cli import show
+from moesim.cli.guard import guarded
 from moesim.errors import HardwareError, MeasurementError, ProfileError
 from moesim.hardware import Gpu, Profile, load_gpu, open_profile
 from moesim.report import fit_table, unpredicted_table, validation_table
@@ -157,8 +158,6 @@ def run(context: typer.Context) -> None:
 
 def main() -> None:
     """Run ``python -m calibrate``; what is refused is told in one line, exit code 2."""
-    from moesim.cli.app import guarded
-
     guarded(lambda: app(prog_name="python -m calibrate", standalone_mode=False))
 
 

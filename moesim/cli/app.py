@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
 from moesim.cli import show
+from moesim.cli.guard import guarded
 from moesim.cli.trace import app as trace_app
 from moesim.errors import MoesimError, ScenarioError
 from moesim.scenario import DEFAULT_SCENARIO, ScenarioFile, json_schema, load_scenario
 
-__all__ = ["app", "guarded", "main"]
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="moesim",
@@ -224,54 +224,7 @@ def _located(file: ScenarioFile, work: Callable[[], T]) -> T:
         raise (file.located(error, key) if key else error) from None
 
 
-INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C stops, as shells have it."""
-
-
 def main() -> None:
     """Run the command line; an input that is refused is told in one line, exit code 2."""
     # the code of an Exit, which is not raised in this mode
     guarded(lambda: app(prog_name="moesim", standalone_mode=False))
-
-
-def guarded(command: Callable[[], object]) -> None:
-    """Run a command; what it refuses is told in one line on standard error, exit code 2.
-
-    Parameters
-    ----------
-    command
-        Returns an exit code, or None for success.
-    """
-    try:
-        stopped = command()
-    except MoesimError as error:
-        _refuse(f"moesim: {error}")
-    except typer.Abort:
-        stopped = INTERRUPTED
-    except OSError as error:
-        _refuse(f"moesim: {error.filename}: {error.strerror}" if error.filename else f"moesim: {error}")
-    except UnicodeError as error:
-        _refuse(f"moesim: {error}")
-    except Exception as error:
-        if hasattr(error, "format_message"):  # click's usage errors: an unknown option, a missing argument
-            said = str(error.format_message())
-            if not said.startswith("Usage:"):  # that is the help, where no command is given
-                said = f"moesim: {' '.join(said.split()).rstrip('.')}; fix: see {_path(error)} --help"
-            _refuse(said)
-        raise
-    if stopped == INTERRUPTED:
-        sys.stderr.write("moesim: stopped\n")
-    if stopped:
-        sys.exit(int(str(stopped)))
-
-
-def _path(error: Exception) -> str:
-    """Command that a usage error is of; the whole one, where the error does not say."""
-    context = getattr(error, "ctx", None)
-    path = str(context.command_path) if context else "moesim"
-    return path if path.split()[1:2] == ["calibrate"] or not path.startswith("moesim") else "moesim"
-
-
-def _refuse(line: str) -> NoReturn:
-    sys.stderr.write(f"{line}\n")
-    sys.exit(2)
