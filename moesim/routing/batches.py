@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import TraceError
 from moesim.routing.catalog import default_routing
+from moesim.routing.mapped import take_rows
 from moesim.routing.sampling import inclusion_probabilities
 from moesim.routing.synthetic import (
     RoutingShape,
@@ -221,7 +222,7 @@ def _gather_trace(trace: RoutingTrace, shape: RoutingShape, at: IndexArray) -> I
     if ids is None:  # pragma: no cover - callers ask token-level traces only
         raise TraceError("the trace has no single tokens", value=trace.model)
     flat = at.ravel()
-    tokens = np.asarray(ids[flat], dtype=np.uint16)
+    tokens = take_rows(ids, flat).astype(np.uint16)
     planes = np.ascontiguousarray(tokens.transpose(2, 1, 0))
     layers = layer_map(trace, shape.n_layers)
     if shape.n_layers != trace.n_layers:

@@ -20,10 +20,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from moesim.errors import TraceError
+from moesim.routing.mapped import blocks
 
 __all__ = ["RoutingTrace", "read_trace", "write_trace"]
 
 _DTYPES = {"U8": "<u1", "U16": "<u2", "I32": "<i4", "I64": "<i8", "F16": "<f2"}
+_COUNTED_AT_ONCE = 2**16
+"""Ids that are counted together [count]: few enough to stay in the cache."""
 _CHECKED_AT_ONCE = 2**25
 """Ids that opening a file checks [count]; a longer trace is checked at 64 places, and whole by `check`."""
 
@@ -107,10 +110,8 @@ class RoutingTrace:
         if self.expert_counts is not None:
             return np.asarray(self.expert_counts.sum(0), dtype=np.int64)
         total = np.zeros((self.n_layers, self.n_experts), dtype=np.int64)
-        for _, block in _blocks(self):
-            base = (np.arange(self.n_layers) * self.n_experts)[None, :, None]
-            flat = (block.astype(np.int64) + base).ravel()
-            total += np.bincount(flat, minlength=total.size).reshape(total.shape)
+        for _, block in blocks(np.asanyarray(self.expert_ids)):
+            total += count_ids(block, self.n_experts)
         return total
 
     def permuted(self, seed: int = 0) -> RoutingTrace:
@@ -146,24 +147,24 @@ class RoutingTrace:
         TraceError
             At the first token that breaks a rule.
         """
-        for start, block in _blocks(self, sampled=sampled):
-            _check_ids(block, start, self.n_experts)
+        if self.expert_ids is not None:
+            for start, block in blocks(self.expert_ids, sampled=sampled):
+                _check_ids(block, start, self.n_experts)
         if self.expert_weights is not None:
-            for start, block in _blocks(self, "expert_weights", sampled=sampled):
+            for start, block in blocks(self.expert_weights, sampled=sampled):
                 _check_weights(block, start)
 
 
-def _blocks(
-    trace: RoutingTrace, name: str = "expert_ids", *, sampled: bool = False
-) -> list[tuple[int, NDArray[Any]]]:
-    values: NDArray[Any] | None = getattr(trace, name)
-    if values is None:
-        return []
-    n = values.shape[0]
-    step = max(1, 2**22 // max(1, values.shape[1] * values.shape[2]))
-    if sampled and n > 64 * 256:
-        return [(int(s), values[s : s + 256]) for s in np.linspace(0, n - 256, 64).astype(int)]
-    return [(s, values[s : s + step]) for s in range(0, n, step)]
+def count_ids(ids: NDArray[Any], n_experts: int) -> NDArray[np.int64]:
+    """Tokens per (layer, expert), (n_layers, n_experts), of ids (n_tokens, n_layers, top_k)."""
+    n_layers = ids.shape[1]
+    base = (np.arange(n_layers) * n_experts)[None, :, None]
+    total = np.zeros(n_layers * n_experts, dtype=np.int64)
+    step = max(1, _COUNTED_AT_ONCE // max(1, ids[:1].size))
+    for start in range(0, ids.shape[0], step):
+        flat = np.add(ids[start : start + step], base, dtype=np.int64)
+        total += np.bincount(flat.ravel(), minlength=total.size)
+    return total.reshape(n_layers, n_experts)
 
 
 def _refuse(what: str, rule: str, *, value: object = None, fix: str | None = None) -> TraceError:
