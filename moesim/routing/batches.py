@@ -23,6 +23,7 @@ from moesim.routing.synthetic import (
     cached_popularity,
     decode_bank,
     prefill_bank,
+    spread_layers,
 )
 from moesim.routing.trace import RoutingTrace
 
@@ -45,9 +46,7 @@ def layer_map(trace: RoutingTrace, n_layers: int) -> IndexArray:
     The trace's own where the numbers agree; evenly spaced ones for a shallower model; cycled for a
     deeper one.
     """
-    if n_layers <= trace.n_layers:
-        return (np.arange(n_layers) * trace.n_layers) // n_layers
-    return np.arange(n_layers) % trace.n_layers
+    return spread_layers(trace.n_layers, n_layers)
 
 
 def check_fits(source: RoutingSource, shape: RoutingShape) -> None:

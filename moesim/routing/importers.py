@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import TraceError
 from moesim.routing.batches import RoutingSource
-from moesim.routing.catalog import catalog_names, catalog_routing, read_routing_yaml
+from moesim.routing.catalog import catalog_names, catalog_routing, read_generator
 from moesim.routing.trace import RoutingTrace, read_trace
 
 __all__ = ["open_trace", "read_npz", "read_sglang_counts"]
@@ -59,7 +59,7 @@ def open_trace(name_or_path: str | Path, *, n_experts: int | None = None) -> Rou
         raise TraceError("neither a routing in the catalog nor a file", value=str(name_or_path), fix=fix)
     suffix = file.suffix.lower()
     if suffix in (".yaml", ".yml"):
-        return read_routing_yaml(file)
+        return read_generator(file)
     with file.open("rb") as stream:
         start = stream.read(9)
     if suffix in (".pt", ".pth", ".pkl", ".pickle") or (start[:1] == b"\x80" and suffix != ".safetensors"):

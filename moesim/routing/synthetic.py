@@ -1,9 +1,9 @@
 """Synthetic routing: a generator whose few parameters are fitted to what real routers did.
 
-Three things decide a layout, and each has its parameter: how unequal the experts of a layer are
-(`log_sigma`, over layers with `log_sigma_spread`), how much one request prefers its own experts
-(`request_sigma`), and how much a token keeps of its predecessor's (`token_step`). Load is exact at the
-margin: averaged over requests each expert gets precisely its popularity.
+Three things decide a layout, and each has its parameter: how unequal the experts of a layer are, and where they
+stand (`curves`, or a log-normal's `log_sigma`), how much one request prefers its own experts (`request_sigma`),
+and how much a token keeps of its predecessor's (`token_step`). Load is exact at the margin: averaged over
+requests each expert gets precisely its popularity.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import TraceError
+from moesim.routing.load_curves import LoadCurve, arranged, between_rows, table
 from moesim.routing.sampling import group_limited_draw, inclusion_probabilities, systematic_draw
 
 __all__ = ["RoutingShape", "SyntheticRouting", "decode_bank", "popularity", "prefill_bank"]
@@ -72,13 +73,23 @@ class SyntheticRouting:
     name
         Catalog name, or ``uniform`` or ``zipf``.
     kind
-        ``fitted``: log-normal popularity per layer; ``zipf``: popularity of rank r as r**-`zipf_exponent`,
-        in random order per layer; ``uniform``: every expert the same and tokens independent.
+        ``fitted``: popularity by `curves`, or log-normal where there are none; ``zipf``: popularity of rank r as
+        r**-`zipf_exponent`, in random order per layer; ``uniform``: all the same and tokens independent.
     phase
         Phase that the figures were fitted on; ``mixed`` for either.
+    curves
+        Popularity of layers as curves, each from the idlest to the busiest expert.
+    curve_order
+        ``skew``: the curves stand for any layers, from the least to the most uneven, and a model's layers are
+        dealt shares of that range; ``depth``: one curve per layer, the first first. A shallower model then
+        takes evenly spaced ones, a deeper one cycles.
+    curve_experts
+        Experts per layer that the curves were fitted on; only for that many do their block peaks hold.
+    keep_index
+        Whether experts stand where the curves' trend over the index puts them; else in random order.
     log_sigma, log_sigma_spread
-        Standard deviation of an expert's log popularity in a layer: median over layers, and the standard
-        deviation over layers of its logarithm.
+        Without curves: standard deviation of an expert's log popularity in a layer: median over layers, and
+        the standard deviation over layers of its logarithm.
     log_skew
         Weight of a quadratic term in log popularity, in -0.3..0.3: above 0 the busiest experts stand out
         more than log-normal ones, below 0 less.
@@ -92,6 +103,11 @@ class SyntheticRouting:
     layer_link
         Share of tokens whose choices in all layers hang together: where one expert in a layer tells
         much about the next layer's.
+    drift_sigma
+        Standard deviation of the slow part of log popularity, which wanders from sequence to sequence; only
+        :func:`moesim.routing.generate_trace` has a course of time.
+    drift_sequences
+        Sequences after which that part has lost all but 1/e of what it was.
     zipf_exponent
         Exponent of ``zipf``.
     seed
@@ -110,8 +126,14 @@ class SyntheticRouting:
     request_skew: float = 0.0
     token_step: float = 1.0
     layer_link: float = 0.0
+    drift_sigma: float = 0.0
+    drift_sequences: float = 16.0
     zipf_exponent: float = 1.0
     seed: int = 0
+    curves: tuple[LoadCurve, ...] = ()
+    curve_order: Literal["skew", "depth"] = "skew"
+    curve_experts: int = 0
+    keep_index: bool = True
     provenance: str = "asked for by the user"
 
     def __post_init__(self) -> None:
@@ -126,6 +148,8 @@ class SyntheticRouting:
             "request_sigma",
             "token_step",
             "layer_link",
+            "drift_sigma",
+            "drift_sequences",
             "zipf_exponent",
         ):
             value = getattr(self, name)
@@ -139,6 +163,11 @@ class SyntheticRouting:
 
         if self.layer_link > 1:
             raise TraceError("is a share, at most 1", value=self.layer_link, place="routing.layer_link")
+        if self.curve_order not in ("skew", "depth"):
+            fix = "one of skew, depth"
+            raise TraceError(
+                "unknown order of curves", value=self.curve_order, fix=fix, place="routing.curve_order"
+            )
 
     @classmethod
     def uniform(cls) -> SyntheticRouting:
@@ -163,7 +192,8 @@ def popularity(source: SyntheticRouting, shape: RoutingShape) -> FloatArray:
 
     Notes
     -----
-    Layers are independent; a layer's popularity does not change when layers are added behind it.
+    Of `curves`, expert i of E has the load at share (i + 1/2) / E, whatever E they were fitted on; loads are
+    scaled to top_k and capped at 1.
     """
     size = (shape.n_layers, shape.n_experts)
     rng = np.random.default_rng([source.seed, shape.n_experts, shape.top_k, 1])
@@ -172,11 +202,32 @@ def popularity(source: SyntheticRouting, shape: RoutingShape) -> FloatArray:
     elif source.kind == "zipf":
         order = np.argsort(rng.random(size), axis=-1)
         weights = np.asarray((order + 1.0) ** -source.zipf_exponent, dtype=np.float64)
+    elif source.curves:
+        weights = _by_curves(source, shape, rng)
     else:
         noise = rng.standard_normal((shape.n_layers, shape.n_experts + 1))
         sigma = source.log_sigma * np.exp(source.log_sigma_spread * noise[:, :1])
         weights = np.asarray(np.exp(sigma * _shaped(noise[:, 1:], source.log_skew)))
     return inclusion_probabilities(weights, shape.top_k)
+
+
+def _by_curves(source: SyntheticRouting, shape: RoutingShape, rng: np.random.Generator) -> FloatArray:
+    n_rows = len(source.curves)
+    if source.curve_order == "depth":
+        rows = table(source.curves)[spread_layers(n_rows, shape.n_layers)]
+    else:
+        dealt = (rng.permutation(shape.n_layers) + 0.5) / shape.n_layers
+        rows = between_rows(source.curves, dealt)
+    if not source.keep_index:
+        return rng.permuted(arranged(rows, shape.n_experts, blocks=False, rng=rng), axis=-1)
+    return arranged(rows, shape.n_experts, blocks=shape.n_experts == source.curve_experts, rng=rng)
+
+
+def spread_layers(n_have: int, n_wanted: int) -> NDArray[np.int64]:
+    """Which of the layers at hand stands in for each wanted one: evenly spaced, or cycled for a deeper model."""
+    if n_wanted <= n_have:
+        return (np.arange(n_wanted) * n_have) // n_wanted
+    return np.arange(n_wanted) % n_have
 
 
 def _shaped(noise: FloatArray, skew: float) -> FloatArray:
