@@ -14,7 +14,7 @@ __all__ = ["layer_prediction"]
 FloatArray = NDArray[np.float64]
 IndexArray = NDArray[np.int64]
 
-_LEARNED, _TOLD = 16384, 4096
+_LEARNED, _TOLD = 16384, 2048
 """Tokens that the pairs are counted on, and tokens that are predicted, at most."""
 _SIGMAS = 2.0
 
@@ -38,15 +38,15 @@ def layer_prediction(runs: TokenRuns, *, seed: int = 0) -> dict[str, Any] | None
         Means over pairs of layers, and per pair under ``by_layer``: ``hit_rate``, share of the next
         layer's experts among the top_k that are most likely given the previous layer's;
         ``popularity_hit_rate``, the same for the top_k most popular ones; ``total_variation``, how far
-        one expert moves the choice of the next layer; ``total_variation_noise``, the same with
-        tokens shuffled between the layers, so what tokens that few show where there is nothing.
+        one expert moves the choice of the next layer; ``total_variation_noise``, the same with the next
+        layer's experts from tokens of other runs, so what so few tokens show where there is no link.
 
     Notes
     -----
     Experts are ranked by log p(b) + sum over a of w log(p(b | a) / p(b)): naive Bayes over the experts a of
     the token. w = max(0, 1 - 4 / z**2), z being by how many standard deviations the count of the pair
-    differs from chance (positive-part James and Stein shrinkage beyond two of them), so that layers
-    which know nothing of each other predict as popularity does. Total variation is
+    differs from chance (positive-part James and Stein shrinkage beyond two of them), taken from how
+    much halves of the runs differ, so that layers which know nothing of each other predict as popularity does. Total variation is
     sum_a p(a) sum_b |p(b | a) - p(b)| / (2 top_k).
     """
     n_layers = runs.ids.shape[1]
@@ -57,9 +57,8 @@ def layer_prediction(runs: TokenRuns, *, seed: int = 0) -> dict[str, Any] | None
     found = np.zeros((4, n_layers - 1))
     for known, asked in (halves, halves[::-1]):
         learned, told = _some(known, _LEARNED, rng), _some(asked, _TOLD, rng)
-        shuffled = rng.permutation(learned)
         for layer in range(n_layers - 1):
-            found[:, layer] += _one_pair(runs, layer, learned, shuffled, told)
+            found[:, layer] += _one_pair(runs, layer, learned, told)
     found /= 2.0
     names = ("hit_rate", "popularity_hit_rate", "total_variation", "total_variation_noise")
     rounded = [[float(f"{v:.4g}") for v in row] for row in found]
@@ -83,17 +82,20 @@ def _some(tokens: IndexArray, n: int, rng: np.random.Generator) -> IndexArray:
 
 
 def _one_pair(
-    runs: TokenRuns, layer: int, learned: IndexArray, shuffled: IndexArray, told: IndexArray
+    runs: TokenRuns, layer: int, learned: IndexArray, told: IndexArray
 ) -> tuple[float, float, float, float]:
     n, n_experts, top_k = learned.size, runs.n_experts, runs.ids.shape[2]
     now = runs.ids[learned, layer].astype(np.int64)
     after = runs.ids[learned, layer + 1].astype(np.int64)
-    pairs = _pair_counts(now, after, n_experts)
-    chance = _pair_counts(now, runs.ids[shuffled, layer + 1].astype(np.int64), n_experts)
+    odd = _odd_units(runs.run_of[learned])
+    parts = [_pair_counts(now[some], after[some], n_experts) for some in (odd, ~odd)]
+    pairs = parts[0] + parts[1]
+    # The next layer's experts of another run's tokens: no link, but runs that lean one way as they do.
+    chance = _pair_counts(now, np.roll(after, n // 2, axis=0), n_experts)
     load, next_load = (np.bincount(ids.ravel(), minlength=n_experts) for ids in (now, after))
     popular = np.log((next_load + 0.5) / n)
     score = np.broadcast_to(popular, (told.size, n_experts)).copy()
-    gain = _log_gain(pairs, load, next_load, n)
+    gain = _log_gain(pairs, parts[0] - parts[1], load, next_load, n)
     for plane in runs.ids[told, layer].T:
         score += gain[plane]
     actual = runs.ids[told, layer + 1]
@@ -113,10 +115,22 @@ def _pair_counts(now: IndexArray, after: IndexArray, n_experts: int) -> FloatArr
     return total.reshape(n_experts, n_experts).astype(np.float64)
 
 
-def _log_gain(pairs: FloatArray, load: IndexArray, next_load: IndexArray, n: int) -> FloatArray:
-    """Shrunk log(p(b | a) / p(b)): (n_experts, n_experts)."""
+def _odd_units(run: IndexArray) -> NDArray[np.bool_]:
+    """Every other run of some tokens (n), or of one run's tokens every other 64."""
+    number = np.cumsum(np.diff(run, prepend=run[:1]) != 0)
+    if number[-1] == 0:
+        number = np.arange(run.size) // 64
+    return np.asarray(number % 2 == 1)
+
+
+def _log_gain(
+    pairs: FloatArray, difference: FloatArray, load: IndexArray, next_load: IndexArray, n: int
+) -> FloatArray:
+    """Shrunk log(p(b | a) / p(b)), (n_experts, n_experts), from counts and their difference between halves."""
     expected = load[:, None] * (next_load / n)[None, :]
-    surprise = (pairs - expected) ** 2 / np.maximum(expected * (1.0 - next_load / n), 1e-12)
+    # Tokens of one run are not independent: variance is what halves of the runs differ by.
+    spread = max(1.0, float((difference**2).sum() / max(pairs.sum(), 1.0)))
+    surprise = (pairs - expected) ** 2 / (np.maximum(expected, 1e-12) * spread)
     kept = np.maximum(0.0, 1.0 - _SIGMAS**2 / np.maximum(surprise, 1e-300))
     return np.asarray(kept * np.log((pairs + 1e-3) / (expected + 1e-3)))
 
