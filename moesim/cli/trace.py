@@ -9,13 +9,16 @@ import typer
 
 from moesim.cli import show
 from moesim.cli.trace_import import import_line, imported
-from moesim.cli.trace_show import routing, routing_tables
+from moesim.cli.trace_make import register
+from moesim.cli.trace_show import page_path, routing, routing_tables
 
 __all__ = ["app"]
 
 app = typer.Typer(
     help="Look at routing traces and bring them in.", no_args_is_help=True, rich_markup_mode=None
 )
+
+register(app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
@@ -24,10 +27,27 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 def show_(
     trace: Annotated[str, typer.Argument(help="Trace file, or a name of `moesim list routing`.")],
     model: Annotated[str | None, typer.Option(help="Model to show a generator or bare counts for.")] = None,
+    ep: Annotated[
+        str | None,
+        typer.Option(help="Ranks of expert-parallel groups, as 8,16,32; what divides where left out."),
+    ] = None,
+    placement: Annotated[
+        str,
+        typer.Option(
+            help="Placements: contiguous, permuted, round-robin, balanced, eplb, or a FILE; by comma."
+        ),
+    ] = "contiguous,permuted,eplb",
+    redundant: Annotated[int, typer.Option(min=0, help="Spare expert slots.")] = 0,
     json: Json = False,
+    html: Annotated[Path | None, typer.Option(metavar="PAGE", help="Where an HTML page goes.")] = None,
 ) -> None:
-    """Show how a router loads its experts."""
-    told = routing(trace, model)
+    """Show how a router loads its experts, and how it stands among known models."""
+    page = page_path(html)
+    told = routing(trace, model, ep, placement, redundant)
+    if page is not None:
+        from moesim.report.routing_page import write_routing_report
+
+        told["report"] = str(write_routing_report(page, told))
     if json:
         show.json_text(told)
         return

@@ -5,6 +5,7 @@ give batches (`draw_batch`); a `Placement` turns them into tokens per slot and t
 `load_points`).
 """
 
+from moesim.routing.balance import PLACEMENTS
 from moesim.routing.batches import Phase, RoutingSource, draw_batch, inclusion
 from moesim.routing.catalog import (
     catalog_names,
@@ -14,9 +15,11 @@ from moesim.routing.catalog import (
     write_generator,
 )
 from moesim.routing.describe import describe
+from moesim.routing.drawn import draw_trace
 from moesim.routing.fit_generator import fit_generator
 from moesim.routing.generate import generate_trace
 from moesim.routing.importers import open_trace, read_npz, read_sglang_counts
+from moesim.routing.known import known_models
 from moesim.routing.load import (
     EXCHANGE_KINDS,
     BatchCount,
@@ -34,6 +37,7 @@ from moesim.routing.trace import RoutingTrace, read_trace, write_trace
 
 __all__ = [
     "EXCHANGE_KINDS",
+    "PLACEMENTS",
     "BatchCount",
     "BatchLoad",
     "Exchange",
@@ -54,11 +58,13 @@ __all__ = [
     "default_routing",
     "describe",
     "draw_batch",
+    "draw_trace",
     "eplb",
     "exchange_counts",
     "fit_generator",
     "generate_trace",
     "inclusion",
+    "known_models",
     "load_points",
     "load_traffic",
     "open_trace",

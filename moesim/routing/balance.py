@@ -17,7 +17,7 @@ from moesim.routing.placement import Placement, balanced, contiguous, eplb, read
 from moesim.routing.runs import TokenRuns
 from moesim.routing.synthetic import RoutingShape
 
-__all__ = ["PLACEMENTS", "balance", "batch_figures", "even_load", "named_placement"]
+__all__ = ["PLACEMENTS", "balance", "batch_figures", "even_load", "evenness", "named_placement"]
 
 FloatArray = NDArray[np.float64]
 
@@ -126,7 +126,7 @@ def balance(
                     "ep": ep,
                     "placement": name,
                     "n_redundant": placement.n_redundant,
-                    **_evenness(placement.rank_load(load)),
+                    **evenness(placement.rank_load(load)),
                     "batches": _in_batches(drawn, placement),
                 }
             )
@@ -140,7 +140,8 @@ def _drawn(
     return draw_batch(source, shape, n_ranks=ep, n_tokens=max(_RANK_BATCHES), phase=phase, rng=rng)
 
 
-def _evenness(ranks: NDArray[Any]) -> dict[str, float]:
+def evenness(ranks: NDArray[Any]) -> dict[str, float]:
+    """Balancedness (mean over busiest) and imbalance (busiest over mean, less 1) of loads (..., n_ranks), averaged."""
     mean, busiest = ranks.mean(-1), ranks.max(-1)
     return {
         "balancedness": float((mean / np.maximum(busiest, 1e-300)).mean()),
@@ -150,7 +151,7 @@ def _evenness(ranks: NDArray[Any]) -> dict[str, float]:
 
 def _in_batches(drawn: Sequence[NDArray[Any]], placement: Placement) -> dict[str, dict[str, float]]:
     loads = [count_batch(ids, placement, n_tokens=_RANK_BATCHES).tokens_per_rank for ids in drawn]
-    return {str(n): _evenness(np.stack([one[i] for one in loads])) for i, n in enumerate(_RANK_BATCHES)}
+    return {str(n): evenness(np.stack([one[i] for one in loads])) for i, n in enumerate(_RANK_BATCHES)}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,15 @@ from moesim.routing.synthetic import (
 )
 from moesim.routing.trace import RoutingTrace
 
-__all__ = ["Phase", "RoutingSource", "draw_batch", "inclusion", "layer_map"]
+__all__ = [
+    "BANK_SEQUENCE_TOKENS",
+    "Phase",
+    "RoutingSource",
+    "draw_batch",
+    "inclusion",
+    "layer_map",
+    "trace_positions",
+]
 
 FloatArray = NDArray[np.float64]
 IdArray = NDArray[np.uint16]
@@ -38,6 +46,8 @@ Phase = Literal["decode", "prefill"]
 BANK_TOKENS = 4096
 """Tokens in a bank: enough that its own noise is below that of any batch drawn from it."""
 _BANK_SEQUENCES = 64
+BANK_SEQUENCE_TOKENS = BANK_TOKENS // _BANK_SEQUENCES
+"""Tokens of a request of a prefill bank."""
 
 
 def layer_map(trace: RoutingTrace, n_layers: int) -> IndexArray:
@@ -139,7 +149,7 @@ def draw_batch(
     if n_ranks < 1 or n_tokens < 1:
         raise TraceError("a batch has at least one rank and one token", value=(n_ranks, n_tokens))
     if isinstance(source, RoutingTrace) and source.is_token_level:
-        planes = _gather_trace(source, shape, _trace_tokens(source, n_ranks, n_tokens, phase, rng))
+        planes = _gather_trace(source, shape, trace_positions(source, n_ranks, n_tokens, phase, rng))
     else:
         bank = _bank(source, shape, phase)
         at = _bank_tokens(bank.shape[-1], n_ranks, n_tokens, phase, rng).ravel()
@@ -156,8 +166,9 @@ def _bank(source: RoutingSource, shape: RoutingShape, phase: Phase) -> IdArray:
     p = np.asarray(inclusion(source, shape))
     if phase == "decode":
         return decode_bank(p, shape, generator, rng, n_tokens=BANK_TOKENS)
-    length = BANK_TOKENS // _BANK_SEQUENCES
-    return prefill_bank(p, shape, generator, rng, n_sequences=_BANK_SEQUENCES, sequence_length=length)
+    return prefill_bank(
+        p, shape, generator, rng, n_sequences=_BANK_SEQUENCES, sequence_length=BANK_SEQUENCE_TOKENS
+    )
 
 
 def _bank_tokens(
@@ -175,7 +186,7 @@ def _bank_tokens(
     return at.reshape(n_ranks, -1)[:, :n_tokens]
 
 
-def _trace_tokens(
+def trace_positions(
     trace: RoutingTrace, n_ranks: int, n_tokens: int, phase: Phase, rng: np.random.Generator
 ) -> IndexArray:
     """Index in the trace of each token of each rank: (n_ranks, n_tokens).

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesim.routing.balance import balance, batch_figures, even_load
+from moesim.routing.balance import balance, batch_figures, even_load, evenness
 from moesim.routing.batches import Phase, RoutingSource, inclusion, layer_map
 from moesim.routing.drift import domain_specialisation, drift
 from moesim.routing.generate import generate_trace
@@ -25,6 +25,7 @@ __all__ = ["describe", "entropy", "gini"]
 FloatArray = NDArray[np.float64]
 _ACTIVE = (1, 8, 32, 128, 512)
 _EP_SIZES = (8, 16, 32, 64)
+_KNOWN_EP_SIZES = (8, 16, 32)
 _PLACEMENTS = ("contiguous", "permuted", "eplb")
 _GENERATED = (64, 128)
 """Sequences, and tokens of each, that a generator is shown by."""
@@ -106,7 +107,10 @@ def describe(
     }
     permuted = np.random.default_rng(seed).permuted(load, axis=-1)
     out["balancedness"] = {
-        f"ep{ep}": {"as_is": _balancedness(load, ep), "permuted": _balancedness(permuted, ep)}
+        f"ep{ep}": {
+            name: evenness(contiguous(shape.n_experts, ep).rank_load(one))["balancedness"]
+            for name, one in (("as_is", load), ("permuted", permuted))
+        }
         for ep in _EP_SIZES
         if shape.n_experts % ep == 0
     }
@@ -121,7 +125,7 @@ def describe(
         out["looked_at"] = {"tokens": runs.n_tokens, "of": tokens.n_tokens, "runs": runs.n_runs}
     out["drift"] = drift(tokens, runs, seed=seed)
     out["domains"] = _domains(tokens, runs, seed)
-    out["known"] = compared_with_known(_own_figures(out))
+    out["known"] = compared_with_known(_own_figures(out, load))
     return out
 
 
@@ -131,9 +135,7 @@ def runs_load(runs: TokenRuns) -> FloatArray:
     return np.asarray(runs.counts_by(label, 1)[0] / runs.n_tokens)
 
 
-def _tokens(
-    source: RoutingSource, shape: RoutingShape, seed: int
-) -> tuple[RoutingTrace, TokenRuns | None]:
+def _tokens(source: RoutingSource, shape: RoutingShape, seed: int) -> tuple[RoutingTrace, TokenRuns | None]:
     """Trace behind the figures of single tokens: of a generator, one that is drawn from it."""
     if isinstance(source, SyntheticRouting):
         n, length = _GENERATED
@@ -175,14 +177,14 @@ def _domains(trace: RoutingTrace, runs: TokenRuns | None, seed: int) -> dict[str
     return domain_specialisation(runs, domains, getattr(trace, "domains", ()), seed=seed)
 
 
-def _own_figures(out: Mapping[str, Any]) -> dict[str, float]:
+def _own_figures(out: Mapping[str, Any], load: FloatArray) -> dict[str, float]:
     """Those of `moesim.routing.known.COMPARED` that are known of this trace."""
     own = {key: float(out[key]["median"]) for key in ("busiest_over_mean", "gini", "entropy")}
-    for row in out["balance"]:
-        if row["placement"] == "contiguous" and row["n_redundant"] == 0 and row["ep"] in (8, 16, 32):
-            own[f"balancedness_ep{row['ep']}"] = row["balancedness"]
-            own[f"imbalance_ep{row['ep']}"] = row["imbalance"]
-    if out.get("locality"):
+    for ep in _KNOWN_EP_SIZES:
+        if load.shape[-1] % ep == 0:
+            ranks = evenness(contiguous(load.shape[-1], ep).rank_load(load))
+            own |= {f"{name}_ep{ep}": value for name, value in ranks.items()}
+    if out.get("locality") and out["locality"]["by_lag"]:
         own["shared_with_next_token"] = out["locality"]["shared_with_next_token"]
     return own | {"active_128": out["active_experts"]["128"]}
 
@@ -203,8 +205,3 @@ def _header(source: RoutingSource, shape: RoutingShape) -> dict[str, Any]:
     more["n_tokens"] = source.n_tokens or int(source.counts[0].sum()) // shape.top_k
     more["n_sequences"] = int(source.offsets.size - 1) if source.is_token_level else None
     return {**text, **base, **more, "notes": list(source.notes)}
-
-
-def _balancedness(load: FloatArray, ep: int) -> float:
-    ranks = contiguous(load.shape[-1], ep).rank_load(load)
-    return float((ranks.mean(-1) / ranks.max(-1)).mean())

@@ -160,6 +160,7 @@ def domain_specialisation(
     kept = np.flatnonzero(size >= 2)
     if kept.size < 2:
         return None
+    kept_names = [str(names[int(i)]) for i in kept]
     rng = np.random.default_rng(seed)
     place = np.full(len(names), -1)
     place[kept] = np.arange(kept.size)
@@ -174,13 +175,13 @@ def domain_specialisation(
         for _ in range(_SHUFFLES)
     ]
     return {
-        "names": [str(names[i]) for i in kept],
+        "names": kept_names,
         "n_tokens": [int(n) for n in whole[:, 0].sum(-1) // runs.ids.shape[2]],
         "total_variation": [[float(v) for v in row] for row in (apart + apart.T) / 2.0],
         "mutual_information_bits": float(by_layer.mean()),
         "mutual_information_noise_bits": float(np.mean(shuffled)),
         "by_layer": [float(f"{v:.4g}") for v in by_layer],
-        "specialists": _specialists(whole, [str(names[i]) for i in kept]),
+        "specialists": _specialists(whole, kept_names),
     }
 
 

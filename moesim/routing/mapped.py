@@ -63,9 +63,10 @@ def take_rows(values: NDArray[Any], at: NDArray[np.int64]) -> NDArray[Any]:
 
 def _mapping(values: NDArray[Any]) -> mmap.mmap | None:
     """Mapping that an array is the whole of, if nobody can have written to it."""
-    base = values.base
-    whole = isinstance(values, np.memmap) and values.mode == "r" and isinstance(base, mmap.mmap)
-    return base if whole else None
+    base: object = values.base
+    if isinstance(values, np.memmap) and values.mode == "r" and isinstance(base, mmap.mmap):
+        return base
+    return None
 
 
 def _give_back(values: NDArray[Any]) -> None:

@@ -45,9 +45,9 @@ def layer_prediction(runs: TokenRuns, *, seed: int = 0) -> dict[str, Any] | None
     -----
     Experts are ranked by log p(b) + sum over a of w log(p(b | a) / p(b)): naive Bayes over the experts a of
     the token. w = max(0, 1 - 4 / z**2), z being by how many standard deviations the count of the pair
-    differs from chance (positive-part James and Stein shrinkage beyond two of them), taken from how
-    much halves of the runs differ, so that layers which know nothing of each other predict as popularity does. Total variation is
-    sum_a p(a) sum_b |p(b | a) - p(b)| / (2 top_k).
+    differs from chance (positive-part James and Stein shrinkage beyond two of them), taken from how much
+    halves of the runs differ, so that layers which know nothing of each other predict as popularity does.
+    Total variation is sum_a p(a) sum_b |p(b | a) - p(b)| / (2 top_k).
     """
     n_layers = runs.ids.shape[1]
     if n_layers < 2 or runs.n_tokens < 2:
