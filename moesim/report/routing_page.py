@@ -176,9 +176,8 @@ def _batches(page: Page, told: Record) -> None:
         "fewer experts than tokens of many; an even router would use the most.",
     )  # fmt: skip
     page.figure(routing_figures.active_lines(told["by_batch"]), "Share of experts with a token by batch size")
-    _notes(
-        page, "The busiest expert over the mean, in the same batches: small ones are uneven by chance alone."
-    )
+    page.add("<h3>The busiest expert in the same batches</h3>")
+    _notes(page, "Over the mean. Small batches are uneven by chance alone.")
     page.figure(routing_figures.busiest_lines(told["by_batch"]), "Busiest expert over mean by batch size")
     page.add("</section>")
 
@@ -283,7 +282,7 @@ def _known(page: Page, told: Record) -> None:
     head = ("", "experts", "top-k", *(name for name, _ in _KNOWN))
     rows = [_known_row(str(told["name"]), told, own)]
     rows += [_known_row(one["name"], one, one) for one in known["models"]]
-    sources = ["this trace", *(f"{one['data']}; {one['entry']}" for one in known["models"])]
+    sources = ["this trace", *(str(one["data"]) for one in known["models"])]
     page.add(_table(head, rows, sortable=True, first=True, remarks=sources))
     page.add("</section>")
 

@@ -26,7 +26,7 @@ PLACEMENTS = ("contiguous", "permuted", "round-robin", "balanced", "eplb")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _RANK_BATCHES = (8, 32, 128)
 _DRAWS = 3
-_GROUPS = 32
+_GROUPS = 64
 """Batches of one size that are averaged, at most."""
 
 
@@ -196,9 +196,10 @@ def batch_figures(
             "even_active": 1.0 - (1.0 - shape.top_k / shape.n_experts) ** n,
         }
         if runs is not None:
-            begin = np.flatnonzero(np.diff(runs.bounds) >= n)
+            ends = np.repeat(runs.bounds[1:], np.diff(runs.bounds))
+            begin = np.flatnonzero(np.arange(runs.n_tokens) + n <= ends)
             if begin.size:
-                begin = runs.bounds[rng.choice(begin, min(begin.size, _GROUPS), replace=False)]
+                begin = rng.choice(begin, min(begin.size, _GROUPS), replace=False)
                 in_row = _seen(runs.ids[begin[:, None] + np.arange(n)], shape.n_experts)
                 row |= {"active_in_a_row": in_row.active, "busiest_in_a_row": in_row.busiest}
         rows.append(row)

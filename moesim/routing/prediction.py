@@ -43,10 +43,11 @@ def layer_prediction(runs: TokenRuns, *, seed: int = 0) -> dict[str, Any] | None
 
     Notes
     -----
-    Experts are ranked by log p(b) + sum over a of w log(p(b | a) / p(b)): naive Bayes over the experts a of
-    the token. w = max(0, 1 - 4 / z**2), z being by how many standard deviations the count of the pair
-    differs from chance (positive-part James and Stein shrinkage beyond two of them), taken from how much
-    halves of the runs differ, so that layers which know nothing of each other predict as popularity does.
+    Experts b are ranked by naive Bayes: log odds of b, and for every expert a of layer l the log ratio of a's
+    frequency (or of its absence, where the token lacks it) with b and without. Each ratio is
+    weighed with max(0, 1 - 4 / z**2), z being by how many standard deviations the count of the pair differs from
+    chance (positive-part James and Stein shrinkage beyond two of them), taken from how much halves of the runs
+    differ, so that layers which know nothing of each other predict as popularity does.
     Total variation is sum_a p(a) sum_b |p(b | a) - p(b)| / (2 top_k).
     """
     n_layers = runs.ids.shape[1]
@@ -93,15 +94,14 @@ def _one_pair(
     # The next layer's experts of another run's tokens: no link, but runs that lean one way as they do.
     chance = _pair_counts(now, np.roll(after, n // 2, axis=0), n_experts)
     load, next_load = (np.bincount(ids.ravel(), minlength=n_experts) for ids in (now, after))
-    popular = np.log((next_load + 0.5) / n)
-    score = np.broadcast_to(popular, (told.size, n_experts)).copy()
-    gain = _log_gain(pairs, parts[0] - parts[1], load, next_load, n)
+    gain, base = _evidence(pairs, parts[0] - parts[1], load, next_load, n)
+    score = np.broadcast_to(base, (told.size, n_experts)).copy()
     for plane in runs.ids[told, layer].T:
         score += gain[plane]
     actual = runs.ids[told, layer + 1]
     return (
         _hits(score, actual),
-        _hits(popular[None, :], actual),
+        _hits(next_load[None, :].astype(np.float64), actual),
         _moved(pairs, load, next_load, n, top_k),
         _moved(chance, load, next_load, n, top_k),
     )
@@ -123,16 +123,32 @@ def _odd_units(run: IndexArray) -> NDArray[np.bool_]:
     return np.asarray(number % 2 == 1)
 
 
-def _log_gain(
+def _evidence(
     pairs: FloatArray, difference: FloatArray, load: IndexArray, next_load: IndexArray, n: int
-) -> FloatArray:
-    """Shrunk log(p(b | a) / p(b)), (n_experts, n_experts), from counts and their difference between halves."""
+) -> tuple[FloatArray, FloatArray]:
+    """What each expert a says for each b, (n_experts, n_experts), and what stands without any, (n_experts,).
+
+    Parameters
+    ----------
+    pairs, difference : (n_experts, n_experts)
+        Tokens with a and then b, and by how much two halves of the runs differ in that.
+    load, next_load : (n_experts,)
+        Tokens with a, and with b.
+    n
+        Tokens.
+    """
     expected = load[:, None] * (next_load / n)[None, :]
     # Tokens of one run are not independent: variance is what halves of the runs differ by.
     spread = max(1.0, float((difference**2).sum() / max(pairs.sum(), 1.0)))
     surprise = (pairs - expected) ** 2 / (np.maximum(expected, 1e-12) * spread)
     kept = np.maximum(0.0, 1.0 - _SIGMAS**2 / np.maximum(surprise, 1e-300))
-    return np.asarray(kept * np.log((pairs + 1e-3) / (expected + 1e-3)))
+    p = np.clip(load / n, 0.5 / n, 1.0 - 0.5 / n)[:, None]
+    given = (pairs + p) / (next_load + 1.0)
+    otherwise = (load[:, None] - pairs + p) / (n - next_load + 1.0)
+    has = kept * np.log(given / otherwise)
+    lacks = kept * np.log((1.0 - given) / (1.0 - otherwise))
+    popular = (next_load + 0.5) / (n + 1.0)
+    return has - lacks, np.log(popular / (1.0 - popular)) + lacks.sum(0)
 
 
 def _hits(score: FloatArray, actual: NDArray[Any]) -> float:
