@@ -14,8 +14,10 @@ __all__ = ["layer_prediction"]
 FloatArray = NDArray[np.float64]
 IndexArray = NDArray[np.int64]
 
-_LEARNED, _TOLD = 16384, 2048
-"""Tokens that the pairs are counted on, and tokens that are predicted, at most."""
+_LEARNED = 16384
+"""Tokens that pairs of experts are counted on, at most."""
+_TOLD, _LEAST_TOLD, _MOST_TOLD = 2**16, 1024, 8192
+"""Tokens that are predicted over all layers, and least and most in one."""
 _SIGMAS = 2.0
 
 
@@ -55,9 +57,10 @@ def layer_prediction(runs: TokenRuns, *, seed: int = 0) -> dict[str, Any] | None
         return None
     rng = np.random.default_rng(seed)
     halves = _halves(runs)
+    n_told = int(np.clip(_TOLD // (n_layers - 1), _LEAST_TOLD, _MOST_TOLD))
     found = np.zeros((4, n_layers - 1))
     for known, asked in (halves, halves[::-1]):
-        learned, told = _some(known, _LEARNED, rng), _some(asked, _TOLD, rng)
+        learned, told = _some(known, _LEARNED, rng), _some(asked, n_told, rng)
         for layer in range(n_layers - 1):
             found[:, layer] += _one_pair(runs, layer, learned, told)
     found /= 2.0
@@ -125,7 +128,7 @@ def _odd_units(run: IndexArray) -> NDArray[np.bool_]:
 
 def _evidence(
     pairs: FloatArray, difference: FloatArray, load: IndexArray, next_load: IndexArray, n: int
-) -> tuple[FloatArray, FloatArray]:
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """What each expert a says for each b, (n_experts, n_experts), and what stands without any, (n_experts,).
 
     Parameters
@@ -148,10 +151,11 @@ def _evidence(
     has = kept * np.log(given / otherwise)
     lacks = kept * np.log((1.0 - given) / (1.0 - otherwise))
     popular = (next_load + 0.5) / (n + 1.0)
-    return has - lacks, np.log(popular / (1.0 - popular)) + lacks.sum(0)
+    base = np.log(popular / (1.0 - popular)) + lacks.sum(0)
+    return (has - lacks).astype(np.float32), base.astype(np.float32)
 
 
-def _hits(score: FloatArray, actual: NDArray[Any]) -> float:
+def _hits(score: NDArray[np.floating], actual: NDArray[Any]) -> float:
     """Share of the actual experts (n, top_k) among the top_k of highest score, (n, n_experts) or (1, ...)."""
     top_k = actual.shape[1]
     best = np.argpartition(-score, top_k - 1, axis=-1)[:, :top_k]
