@@ -10,6 +10,7 @@ import typer
 from moesim.cli import show
 from moesim.cli.trace_import import import_line, imported
 from moesim.cli.trace_show import routing, routing_tables
+from moesim.routing.importers import FORMATS
 
 __all__ = ["app"]
 
@@ -36,16 +37,24 @@ def show_(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="SGLang count JSON, token-level npz, or a moesim trace.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="IN", help="Recording of another program: file, folder, or quoted pattern with *."
+        ),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Trace to write (.safetensors).")],
-    format_: Annotated[str, typer.Option("--format", help="auto, sglang or npz.")] = "auto",
+    format_: Annotated[str, typer.Option("--format", help=", ".join(FORMATS) + ".")] = "auto",
     model: Annotated[
         str | None, typer.Option(help="Model the routing is of; its experts are checked.")
     ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Experts per token, where neither file nor model says.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Bring routing of another tool into moesim's format."""
-    told = imported(source, output, format_, model)
+    """Bring routing of another program into moesim's format."""
+    told = imported(source, output, format_, model, top_k)
     if json:
         show.json_text(told)
         return
