@@ -12,7 +12,7 @@ from moesim.model import ModelSpec, load_model
 from moesim.routing import RoutingTrace, read_trace, write_trace
 from moesim.routing.importers import Incoming, Told, incoming_routing, written
 
-__all__ = ["import_line", "imported", "trace_file"]
+__all__ = ["facts", "import_line", "imported", "trace_file"]
 
 
 def trace_file(output: Path) -> Path:
@@ -54,6 +54,11 @@ def imported(
         write_trace(one, output)
     else:
         written(one, output, model=spec.name if spec else "unknown")
+    return facts(output)
+
+
+def facts(output: Path) -> dict[str, Any]:
+    """What a trace that was just written holds."""
     trace = read_trace(output)
     return {
         "output": str(output), "source": trace.source, "model": trace.model, "n_experts": trace.n_experts,
