@@ -159,7 +159,8 @@ class Capture:
 
 def _past(kwargs: dict[str, Any]) -> int:
     """Tokens that the cache holds before a pass."""
-    for cache in (kwargs.get(name) for name in _CACHES):
+    for name in _CACHES:
+        cache: Any = kwargs.get(name)
         if hasattr(cache, "get_seq_length"):
             return int(cache.get_seq_length())
         if cache:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from calibrate.routing.capture import capture_routing
 from moesim.errors import TraceError
@@ -100,8 +101,6 @@ def capture_prompts(model: str, prompts: list[str], output: Path, how: Generatio
 
 
 def _model(name: str, how: Generation) -> tuple[Any, list[str]]:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if not how.random_weights:
@@ -123,8 +122,6 @@ def _encoded(
     model: str, prompts: list[str], n_vocabulary: int, n_prompt: int
 ) -> tuple[list[list[int]], list[str]]:
     """Tokens of each prompt; without a tokenizer their UTF-8 bytes stand for tokens."""
-    from transformers import AutoTokenizer
-
     folder = Path(model)
     here = folder if folder.is_dir() else folder.parent
     local = folder.exists()

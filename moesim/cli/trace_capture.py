@@ -26,8 +26,6 @@ def captured(model: str, prompts: Path, output: Path, *, phase: str, **how: Any)
     if phase not in PHASES:
         raise TraceError("is no phase", value=phase, place="--phase", fix=", ".join(PHASES))
     try:
-        import transformers  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
-
         from calibrate.routing.generate import Generation, capture_prompts, read_prompts
     except ImportError as error:
         fix = "pip install 'moesim[capture]'"
