@@ -20,7 +20,7 @@ from moesim.routing.trace import RoutingTrace, check_ids, check_weights, map_tra
 
 __all__ = ["TraceHeader", "TraceWriter", "write_trace"]
 
-_COPIED_AT_ONCE_BYTES = 2**24
+_COPIED_AT_ONCE_BYTES = 2**22
 _LARGEST_ID = 2**16 - 1
 _NAMES = {"<i8": "I64", "<f2": "F16", "<u2": "U16", "|u1": "U8"}
 

@@ -7,6 +7,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from moesim.routing.importers.incoming import refuse
 __all__ = [
     "DAMAGE",
     "Bfloat16",
+    "Entry",
+    "LazyRows",
     "NpyStream",
     "Rows",
     "json_lines",
@@ -29,6 +32,7 @@ __all__ = [
     "map_safetensors",
     "reading",
     "rows_at_once",
+    "safetensors_entries",
     "whole_numbers",
 ]
 
@@ -51,7 +55,30 @@ _DTYPES = {
 }  # fmt: skip
 
 
-class Bfloat16:
+class LazyRows(ABC):
+    """An array whose rows come into being where they are taken."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @abstractmethod
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        """Take rows."""
+
+    @abstractmethod
+    def reshape(self, *shape: int) -> LazyRows:
+        """Return the same numbers in another shape; the first axis may be -1."""
+
+
+class Bfloat16(LazyRows):
     """Rows of bfloat16, which NumPy lacks, widened to float32 where they are taken.
 
     Parameters
@@ -60,25 +87,13 @@ class Bfloat16:
         The numbers' upper halves, as uint16.
     """
 
-    dtype = np.dtype(np.float32)
-
     def __init__(self, bits: NDArray[np.uint16]) -> None:
         self.bits = bits
+        self.shape = bits.shape
+        self.dtype = np.dtype(np.float32)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
-        return self.bits.shape
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return self.bits.ndim
-
-    def __len__(self) -> int:
-        return len(self.bits)
-
-    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
+    def __getitem__(self, rows: slice) -> NDArray[np.float32]:
+        """Take rows as float32."""
         wide = self.bits[rows].astype(np.uint32) << 16
         numbers: NDArray[np.float32] = wide.view(np.float32)
         return numbers
@@ -88,8 +103,8 @@ class Bfloat16:
         return Bfloat16(self.bits.reshape(*shape))
 
 
-Rows = NDArray[Any] | Bfloat16
-"""An array whose rows are read where they are taken."""
+Rows = NDArray[Any] | LazyRows
+"""Rows of a file: mapped, or lazy."""
 
 
 @contextmanager
@@ -198,9 +213,9 @@ class NpyStream:
         self.shape: tuple[int, ...] = tuple(int(n) for n in shape)
         self.dtype = dtype
 
-    def take(self, rows: int) -> NDArray[Any]:
-        """Read the next `rows` along the first axis."""
-        shape = (rows, *self.shape[1:])
+    def take(self, rows: int, row: tuple[int, ...] | None = None) -> NDArray[Any]:
+        """Read the next `rows` along the first axis, or as many of another shape."""
+        shape = (rows, *(self.shape[1:] if row is None else row))
         n_bytes = int(np.prod(shape, dtype=object)) * self.dtype.itemsize
         parts = []
         while n_bytes:
@@ -229,20 +244,48 @@ def map_npy(path: Path) -> NDArray[Any]:
         rule = f"is truncated: {begin + needed - path.stat().st_size} bytes are missing"
         raise refuse(path, rule, fix="copy it again")
     if not needed:
-        return np.zeros(head.shape, head.dtype)
+        raise refuse(path, "holds at least one number", value=head.shape)
     return np.memmap(path, dtype=head.dtype, mode="r", offset=begin, shape=head.shape)
 
 
-@dataclass(frozen=True)
-class _Entry:
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor of a safetensors file stands.
+
+    Parameters
+    ----------
+    dtype, shape
+        As the header names them.
+    begin, end
+        Of its bytes, from the end of the header.
+    """
+
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
 
+    def mapped(self, data: NDArray[np.uint8]) -> Rows:
+        """Give the tensor as a view of the file's mapped bytes."""
+        array: NDArray[Any] = np.asarray(data[self.begin : self.end]).view(_DTYPES[self.dtype])
+        shaped = array.reshape(self.shape)
+        return Bfloat16(shaped) if self.dtype == "BF16" else shaped
+
 
 def map_safetensors(path: Path) -> dict[str, Rows]:
     """Map every tensor of a safetensors file without reading their data.
+
+    Raises
+    ------
+    TraceError
+        If the file is truncated, or its header breaks a rule of the format.
+    """
+    entries, data = safetensors_entries(path)
+    return {name: entry.mapped(data) for name, entry in entries.items()}
+
+
+def safetensors_entries(path: Path) -> tuple[dict[str, Entry], NDArray[np.uint8]]:
+    """Read a safetensors header: where each tensor stands, and the mapped bytes that it stands in.
 
     Raises
     ------
@@ -259,11 +302,10 @@ def map_safetensors(path: Path) -> dict[str, Rows]:
         header.pop("__metadata__", None)
         entries = {str(name): _entry(info, size - 8 - length) for name, info in header.items()}
     # one mapping for all: a system grants a process some 65,000, and a recording can have more tensors
-    data = np.memmap(path, dtype=np.uint8, mode="r")[8 + length :]
-    return {name: _tensor(data, entry) for name, entry in entries.items()}
+    return entries, np.memmap(path, dtype=np.uint8, mode="r")[8 + length :]
 
 
-def _entry(info: dict[str, Any], data_bytes: int) -> _Entry:
+def _entry(info: dict[str, Any], data_bytes: int) -> Entry:
     shape = tuple(int(n) for n in info["shape"])
     begin, end = (int(n) for n in info["data_offsets"])
     dtype = str(info["dtype"])
@@ -272,10 +314,4 @@ def _entry(info: dict[str, Any], data_bytes: int) -> _Entry:
         raise ValueError(f"a tensor of {needed} bytes at {begin}..{end}")
     if end > data_bytes:
         raise ValueError(f"truncated: {end - data_bytes} bytes are missing")
-    return _Entry(dtype, shape, begin, end)
-
-
-def _tensor(data: NDArray[np.uint8], entry: _Entry) -> Rows:
-    dtype = np.dtype(_DTYPES[entry.dtype])
-    array: NDArray[Any] = np.asarray(data[entry.begin : entry.end]).view(dtype).reshape(entry.shape)
-    return Bfloat16(array) if entry.dtype == "BF16" else array
+    return Entry(dtype, shape, begin, end)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from moesim.model import MoeSpec
 from moesim.routing.importers.files import (
     Bfloat16,
+    LazyRows,
     NpyStream,
     Rows,
     map_npy,
@@ -29,6 +30,8 @@ from moesim.routing.importers.files import (
 from moesim.routing.importers.incoming import Block, Incoming, Told, refuse
 
 __all__ = ["choose", "from_tensors", "incoming", "named"]
+
+_LARGEST_WHOLE_BYTES = 2**28
 
 _RULE = "holds router logits: one tensor a sparse layer, (tokens, n_experts) or (batch, sequence, n_experts)"
 _FIX = "save outputs.router_logits, as router_logits.0, router_logits.1, ..."
@@ -53,24 +56,49 @@ def incoming(files: list[Path], told: Told) -> Incoming:
     return from_tensors(file, map_safetensors(file), told)
 
 
+class _Compressed(LazyRows):
+    """Rows of a compressed member, taken in ascending order only."""
+
+    def __init__(self, stream: NpyStream, shape: tuple[int, ...]) -> None:
+        self.shape, self.dtype = shape, stream.dtype
+        self._stream, self._next = stream, 0
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        if rows.start != self._next:
+            raise ValueError("a compressed array is read from front to back")
+        self._next = rows.stop
+        return self._stream.take(rows.stop - rows.start, self.shape[1:])
+
+    def reshape(self, *shape: int) -> _Compressed:
+        n = int(np.prod(self.shape, dtype=np.int64)) // int(np.prod(shape[1:], dtype=np.int64))
+        return _Compressed(self._stream, (n, *shape[1:]))
+
+
 def _mapped_zip(file: Path) -> dict[str, Rows]:
-    """Map the members of an .npz that `numpy.savez` left uncompressed; read compressed ones whole."""
+    """Map the members of an .npz that `numpy.savez` left uncompressed, and stream compressed ones."""
     arrays: dict[str, Rows] = {}
-    with reading(file, "is an .npz of plain arrays (nothing is unpickled)"), zipfile.ZipFile(file) as archive:
-        for member in archive.infolist():
-            if not member.filename.endswith(".npy"):
-                continue
+    with reading(file, "is an .npz of plain arrays (nothing is unpickled)"):
+        archive = zipfile.ZipFile(file)
+        members = [one for one in archive.infolist() if one.filename.endswith(".npy")]
+        for member in members:
             name = member.filename.removesuffix(".npy")
-            with archive.open(member) as stream:
-                head = NpyStream(stream, f"{file}: {name}")
-                n_bytes = int(np.prod(head.shape, dtype=object)) * head.dtype.itemsize
-                if member.compress_type != zipfile.ZIP_STORED or not head.shape or not n_bytes:
-                    arrays[name] = head.take(head.shape[0]) if head.shape else head.take(1)
-                    continue
-                begin = _data_at(file, member) + stream.tell()
-            if begin + n_bytes > file.stat().st_size:
-                raise refuse(f"{file}: {name}", "is truncated", value=n_bytes)
-            arrays[name] = np.memmap(file, head.dtype, "r", begin, head.shape)
+            stream = archive.open(member)
+            head = NpyStream(stream, f"{file}: {name}")
+            n_bytes = int(np.prod(head.shape, dtype=object)) * head.dtype.itemsize
+            begin = _data_at(file, member) + stream.tell()
+            if member.compress_type == zipfile.ZIP_STORED and head.shape and n_bytes:
+                if begin + n_bytes > file.stat().st_size:
+                    raise refuse(f"{file}: {name}", "is truncated", value=n_bytes)
+                arrays[name] = np.memmap(file, head.dtype, "r", begin, head.shape)
+            elif len(members) > 1 and len(head.shape) > 1 and name != "attention_mask":
+                arrays[name] = _Compressed(head, head.shape)
+            elif n_bytes > _LARGEST_WHOLE_BYTES:
+                fix = "save it with numpy.savez, or one array a layer"
+                raise refuse(
+                    f"{file}: {name}", "is too large to be decompressed whole", value=n_bytes, fix=fix
+                )
+            else:
+                arrays[name] = head.take(head.shape[0] if head.shape else 1)
     return arrays
 
 
@@ -154,7 +182,7 @@ def named(file: Path, content: Any) -> dict[str, Rows]:
         elif part is not None:
             tensors[str(name)] = part
     for name, one in tensors.items():
-        if not isinstance(one, np.ndarray | Bfloat16):
+        if not isinstance(one, np.ndarray | LazyRows):
             raise refuse(f"{file}: {name}", _RULE, value=type(one).__name__, fix=_FIX)
     return tensors
 
@@ -172,7 +200,9 @@ def _layers(file: Path, logits: Mapping[str, Rows]) -> list[Rows]:
         raise refuse(
             file, "a single tensor stacks layers: (layers, tokens, n_experts)", value=stack.shape, fix=_FIX
         )
-    return [Bfloat16(stack.bits[n]) if isinstance(stack, Bfloat16) else stack[n] for n in range(len(stack))]
+    if isinstance(stack, Bfloat16):
+        return [Bfloat16(one) for one in stack.bits]
+    return [stack[n] for n in range(len(stack))] if isinstance(stack, np.ndarray) else []
 
 
 def _number(name: str) -> int:

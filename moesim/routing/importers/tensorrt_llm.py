@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.routing.importers.files import Rows, json_whole, map_safetensors, whole_numbers
+from moesim.routing.importers.files import Entry, Rows, json_whole, safetensors_entries, whole_numbers
 from moesim.routing.importers.incoming import Block, Incoming, Told, refuse
 
 __all__ = ["incoming"]
@@ -23,8 +23,40 @@ _KEY = re.compile(r"(\d{1,9})_(\d{1,9})")
 _RANK = re.compile(r"rank(\d{1,6})(_raw)?\.safetensors")
 _FIX = "give the folder that EXPERT_STATISTIC_PATH named"
 
-_Tensors = dict[tuple[int, int], Rows]
-"""Tensors by iteration and layer."""
+
+class _Rank:
+    """One rank's tensors, found by iteration and layer; a few bytes are held of each, however many there are."""
+
+    def __init__(self, file: Path) -> None:
+        self.place = str(file)
+        entries, self._data = safetensors_entries(file)
+        self.keys = np.empty((len(entries), 2), dtype=np.int64)
+        self._spans = np.empty((len(entries), 3), dtype=np.int64)
+        kinds = {(entry.dtype, *entry.shape[1:], len(entry.shape)) for entry in entries.values()}
+        if len(kinds) > 1:
+            raise refuse(
+                file, "tensors are all counts, or all experts of tokens", value=sorted(map(str, kinds))
+            )
+        for number, (name, entry) in enumerate(entries.items()):
+            match = _KEY.fullmatch(name)
+            if match is None:
+                raise refuse(file, "names tensors {iteration}_{layer}", value=name, fix=_FIX)
+            self.keys[number] = int(match[1]), int(match[2])
+            self._spans[number] = entry.begin, entry.end, entry.shape[0] if entry.shape else 0
+        self._kind = next(iter(entries.values()), None)
+        flat = self.keys[:, 0] << 32 | self.keys[:, 1]
+        self._order = np.argsort(flat, kind="stable")
+        self._flat = flat[self._order]
+
+    def get(self, step: int, layer: int) -> Rows | None:
+        """Map the tensor of an iteration and layer."""
+        key = step << 32 | layer
+        at = int(np.searchsorted(self._flat, key))
+        if self._kind is None or at == len(self._flat) or self._flat[at] != key:
+            return None
+        begin, end, rows = (int(n) for n in self._spans[self._order[at]])
+        shape = (rows, *self._kind.shape[1:]) if self._kind.shape else ()
+        return Entry(self._kind.dtype, shape, begin, end).mapped(self._data)
 
 
 def incoming(files: list[Path], told: Told) -> Incoming:
@@ -48,7 +80,7 @@ def incoming(files: list[Path], told: Told) -> Incoming:
     counted = [(int(match[1]), file) for match, file in ranks.items() if not match[2]]
     if not raw and not counted:
         raise refuse(folder, "has meta_info.json and rank*.safetensors", fix=_FIX)
-    opened = [(str(file), _tensors(file)) for _, file in sorted(raw or counted)]
+    opened = [_Rank(file) for _, file in sorted(raw or counted)]
     steps, layers = _steps_and_layers(folder, opened)
     notes = [] if raw or len(opened) == 1 else [f"counts of {len(opened)} ranks summed"]
     one = Incoming(
@@ -75,57 +107,52 @@ def _size(meta: Path, info: dict[str, Any], key: str) -> int:
     return value
 
 
-def _tensors(file: Path) -> _Tensors:
-    tensors: _Tensors = {}
-    for name, rows in map_safetensors(file).items():
-        match = _KEY.fullmatch(name)
-        if match is None:
-            raise refuse(file, "names tensors {iteration}_{layer}", value=name, fix=_FIX)
-        tensors[int(match[1]), int(match[2])] = rows
-    return tensors
-
-
-def _steps_and_layers(folder: Path, opened: list[tuple[str, _Tensors]]) -> tuple[list[int], list[int]]:
-    keys = {key for _, tensors in opened for key in tensors}
-    steps, layers = sorted({step for step, _ in keys}), sorted({layer for _, layer in keys})
-    if not keys:
+def _steps_and_layers(folder: Path, opened: list[_Rank]) -> tuple[list[int], list[int]]:
+    keys = np.unique(np.concatenate([rank.keys for rank in opened]), axis=0)
+    steps, layers = np.unique(keys[:, 0]).tolist(), np.unique(keys[:, 1]).tolist()
+    if not steps:
         raise refuse(folder, "holds at least one iteration", fix="check EXPERT_STATISTIC_ITER_RANGE")
     if len(keys) != len(steps) * len(layers):
-        step, layer = next((s, n) for s in steps for n in layers if (s, n) not in keys)
-        raise refuse(folder, "every iteration has every layer", value=f"{step}_{layer} is missing")
+        found, counts = np.unique(keys[:, 0], return_counts=True)
+        step = int(found[counts.argmin()])
+        value = f"iteration {step} has {int(counts.min())} of {len(layers)}"
+        raise refuse(folder, "every iteration has every layer", value=value)
     return steps, layers
 
 
 def _counts(
-    opened: list[tuple[str, _Tensors]], steps: list[int], layers: list[int], n_experts: int
+    opened: list[_Rank], steps: list[int], layers: list[int], n_experts: int
 ) -> Iterator[NDArray[np.int64]]:
     for step in steps:
         total = np.zeros((1, len(layers), n_experts), dtype=np.int64)
-        for place, tensors in opened:
+        for rank in opened:
             for number, layer in enumerate(layers):
-                if (step, layer) in tensors:
-                    where = f"{place}: {step}_{layer}"
-                    counts = whole_numbers(tensors[step, layer], where, n_experts)
+                tensor = rank.get(step, layer)
+                if tensor is not None:
+                    where = f"{rank.place}: {step}_{layer}"
+                    counts = whole_numbers(tensor, where, n_experts)
                     if counts.min() < 0:
                         raise refuse(where, "counts are not negative", value=int(counts.min()))
                     total[0, number] += counts
         yield total
 
 
-def _blocks(
-    opened: list[tuple[str, _Tensors]], steps: list[int], layers: list[int], top_k: int
-) -> Iterator[Block]:
+def _blocks(opened: list[_Rank], steps: list[int], layers: list[int], top_k: int) -> Iterator[Block]:
     for step in steps:
-        for place, tensors in opened:
-            present = [layer for layer in layers if (step, layer) in tensors]
-            if not present:
+        for rank in opened:
+            tensors = [tensor for layer in layers if (tensor := rank.get(step, layer)) is not None]
+            if not tensors:
                 continue
-            if len(present) < len(layers):
-                raise refuse(f"{place}: iteration {step}", "has every layer", value=len(present))
-            planes = [_plane(f"{place}: {step}_{layer}", tensors[step, layer], top_k) for layer in layers]
+            place = f"{rank.place}: iteration {step}"
+            if len(tensors) < len(layers):
+                raise refuse(place, f"has all {len(layers)} layers", value=len(tensors))
+            planes = [
+                _plane(f"{rank.place}: {step}_{n}", one, top_k)
+                for n, one in zip(layers, tensors, strict=True)
+            ]
             if len({len(plane) for plane in planes}) > 1:
                 value = sorted({len(plane) for plane in planes})
-                raise refuse(f"{place}: iteration {step}", "has as many tokens in every layer", value=value)
+                raise refuse(place, "has as many tokens in every layer", value=value)
             yield Block(np.stack(planes, axis=1), whole=True)
 
 

@@ -144,7 +144,9 @@ def _array(place: str, told: Any, model: Told) -> NDArray[Any]:
         raise refuse(place, "is base64", value=told[:20]) from None
     if raw[:6] == b"\x93NUMPY":
         head = NpyStream(io.BytesIO(raw), place)
-        return _whole(head.take(head.shape[0])) if len(head.shape) == 3 else np.zeros(head.shape)
+        if len(head.shape) != 3 or head.dtype.kind not in "ui":
+            raise refuse(place, _RULE, value=(head.shape, str(head.dtype)))
+        return head.take(head.shape[0])
     if model.layer_ids is None or model.top_k is None:
         rule = "without a header (SGLang) its layers and top_k must be known"
         raise refuse(place, rule, fix="add --model")
