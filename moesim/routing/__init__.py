@@ -33,7 +33,8 @@ from moesim.routing.load_curves import LoadCurve
 from moesim.routing.placement import Placement, balanced, contiguous, eplb, read_placement, round_robin
 from moesim.routing.points import BatchLoad, load_points, load_traffic
 from moesim.routing.synthetic import RoutingShape, SyntheticRouting, popularity
-from moesim.routing.trace import RoutingTrace, read_trace, write_trace
+from moesim.routing.trace import RoutingTrace, read_trace
+from moesim.routing.writing import TraceHeader, TraceWriter, write_trace
 
 __all__ = [
     "EXCHANGE_KINDS",
@@ -49,6 +50,8 @@ __all__ = [
     "RoutingSource",
     "RoutingTrace",
     "SyntheticRouting",
+    "TraceHeader",
+    "TraceWriter",
     "Traffic",
     "balanced",
     "catalog_names",

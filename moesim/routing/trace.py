@@ -8,8 +8,6 @@ Nothing in it is code, and nothing is ever unpickled.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +15,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from moesim.errors import TraceError
 from moesim.routing.mapped import blocks
 
-__all__ = ["RoutingTrace", "read_trace", "write_trace"]
+__all__ = ["RoutingTrace", "check_ids", "check_weights", "map_trace", "read_trace"]
 
 _DTYPES = {"U8": "<u1", "U16": "<u2", "I32": "<i4", "I64": "<i8", "F16": "<f2"}
 _COUNTED_AT_ONCE = 2**16
@@ -149,10 +146,10 @@ class RoutingTrace:
         """
         if self.expert_ids is not None:
             for start, block in blocks(self.expert_ids, sampled=sampled):
-                _check_ids(block, start, self.n_experts)
+                check_ids(block, start, self.n_experts)
         if self.expert_weights is not None:
             for start, block in blocks(self.expert_weights, sampled=sampled):
-                _check_weights(block, start)
+                check_weights(block, start)
 
 
 def count_ids(ids: NDArray[Any], n_experts: int) -> NDArray[np.int64]:
@@ -229,7 +226,23 @@ def _check_offsets(offsets: NDArray[Any], n_tokens: int) -> None:
         raise _refuse(f"sequence_offsets[{at + 1}]", "offsets ascend", value=pair, fix="drop empty sequences")
 
 
-def _check_ids(block: NDArray[Any], start: int, n_experts: int) -> None:
+def check_ids(block: NDArray[Any], start: int, n_experts: int) -> None:
+    """Refuse expert ids that are out of range or repeat within a token.
+
+    Parameters
+    ----------
+    block : (n_tokens, n_layers, top_k)
+        Expert ids.
+    start
+        Index of the block's first token, for the message.
+    n_experts
+        Experts per layer.
+
+    Raises
+    ------
+    TraceError
+        At the first token that breaks a rule.
+    """
     if block.size and (int(block.max()) >= n_experts or int(block.min()) < 0):
         bad = np.argwhere((block >= n_experts) | (block < 0))[0]
         value = int(block[tuple(bad)])
@@ -249,7 +262,8 @@ def _check_ids(block: NDArray[Any], start: int, n_experts: int) -> None:
         raise _refuse(place, "the experts of one token are distinct", value=value, fix="drop padded tokens")
 
 
-def _check_weights(block: NDArray[Any], start: int) -> None:
+def check_weights(block: NDArray[Any], start: int) -> None:
+    """Refuse router weights that are not finite: `block` as in :func:`check_ids`."""
     bad = np.argwhere(~np.isfinite(block))
     if bad.size:
         token, layer, j = (int(v) for v in bad[0])
@@ -258,63 +272,13 @@ def _check_weights(block: NDArray[Any], start: int) -> None:
         raise _refuse(place, "weights are finite", value=value, fix="leave expert_weights out or repair them")
 
 
-def write_trace(trace: RoutingTrace, path: str | Path) -> Path:
-    """Check a trace and write it, whole or not at all.
-
-    Parameters
-    ----------
-    trace
-        What to write.
-    path
-        Target; a file there is replaced in one step.
-
-    Returns
-    -------
-    Path
-        The file written.
-
-    Raises
-    ------
-    TraceError
-        If the trace breaks a rule; nothing is written then.
-    """
-    target = Path(path)
-    trace.check()
-    arrays: dict[str, NDArray[Any]] = {}
-    for name in ("expert_ids", "expert_weights", "sequence_offsets", "expert_counts"):
-        value = getattr(trace, name)
-        if value is not None:
-            arrays[name] = np.ascontiguousarray(value)
-    if "expert_ids" in arrays:
-        arrays["expert_ids"] = arrays["expert_ids"].astype(np.uint8 if trace.n_experts <= 256 else np.uint16)
-    header = {
-        "format": "moesim-routing-1",
-        "model": trace.model,
-        "n_experts": str(trace.n_experts),
-        "top_k": "" if trace.top_k is None else str(trace.top_k),
-        "layer_ids": json.dumps(list(trace.layer_ids)),
-        "phase": trace.phase,
-        "source": trace.source,
-        "licence": trace.licence,
-        "notes": json.dumps(list(trace.notes)),
-    }
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        save_file(arrays, temporary, metadata=header)
-        Path(temporary).replace(target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return target
-
-
 def read_trace(path: str | Path) -> RoutingTrace:
     """Open a trace without reading its tokens: arrays stay mapped to the file.
 
     Parameters
     ----------
     path
-        A safetensors file written by :func:`write_trace`, or by anyone in that format.
+        A safetensors file written by :func:`moesim.routing.write_trace`, or by anyone in that format.
 
     Returns
     -------
@@ -328,15 +292,20 @@ def read_trace(path: str | Path) -> RoutingTrace:
     """
     file = Path(path)
     try:
-        header, tensors, data_at = _read_header(file)
-        arrays: dict[str, Any] = {name: _mapped(file, name, info, data_at) for name, info in tensors.items()}
-        trace = RoutingTrace(**_fields(header), **arrays)
+        trace = map_trace(file)
         big = trace.expert_ids is not None and trace.expert_ids.size > _CHECKED_AT_ONCE
         trace.check(sampled=big)
     except TraceError as error:
         place = str(file) if error.place is None else f"{file}: {error.place}"
         raise error.at(place) from None
     return trace
+
+
+def map_trace(file: Path) -> RoutingTrace:
+    """Open a trace as :func:`read_trace` does, but look at shapes and bounds only, not at its ids."""
+    header, tensors, data_at = _read_header(file)
+    arrays: dict[str, Any] = {name: _mapped(file, name, info, data_at) for name, info in tensors.items()}
+    return RoutingTrace(**_fields(header), **arrays)
 
 
 def _read_header(file: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]], int]:

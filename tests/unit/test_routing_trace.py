@@ -229,7 +229,7 @@ def test_failed_write_leaves_the_old_file(file, monkeypatch):
     def full(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("moesim.routing.trace.save_file", full)
+    monkeypatch.setattr("moesim.routing.writing.map_trace", full)
     with pytest.raises(OSError, match="disk full"):
         write_trace(token_trace(), file)
     assert file.read_bytes() == before
