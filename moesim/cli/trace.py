@@ -22,8 +22,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-register(app)
-
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 
@@ -117,3 +115,6 @@ def capture(
         show.json_text(told)
         return
     import_line(told)
+
+
+register(app)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moesim.cli.show import console
@@ -88,10 +89,10 @@ def routing_tables(name: str, told: Mapping[str, Any]) -> None:
         f"{key} {told[key]}" for key in ("phase", "n_layers", "n_experts", "top_k", "n_tokens", "n_sequences")
         if told.get(key) is not None
     )  # fmt: skip
-    out.print(f"[bold]{told['name']}[/bold] ({name}): {facts}", highlight=False)
-    out.print(f"Source: {told['source']}", highlight=False)
+    out.print(f"[bold]{escape(told['name'])}[/bold] ({escape(name)}): {facts}", highlight=False)
+    out.print(f"Source: {escape(told['source'])}", highlight=False)
     for note in told["notes"]:
-        out.print(f"Note: {note}", highlight=False)
+        out.print(f"Note: {escape(note)}", highlight=False)
     _skew(out, told)
     _batches(out, told["by_batch"])
     _balance(out, told["balance"])
@@ -151,7 +152,7 @@ def _balance(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     cells = [
         [
             str(row["ep"]),
-            row["placement"] + (f" +{row['n_redundant']}" if row["n_redundant"] else ""),
+            escape(row["placement"]) + (f" +{row['n_redundant']}" if row["n_redundant"] else ""),
             f"{row['balancedness']:.2f}",
             f"{row['imbalance']:.2f}",
             *(f"{row['batches'][n]['balancedness']:.2f}" for n in sizes),
@@ -206,42 +207,49 @@ def _moving(out: Console, told: Mapping[str, Any]) -> None:
         )  # fmt: skip
     domains = told.get("domains")
     if domains:
+        names = [escape(name) for name in domains["names"]]
         out.print(
             f"Domains: knowing one tells {domains['mutual_information_bits']:.3f} bits of the expert "
             f"({domains['mutual_information_noise_bits']:.3f} by chance).", highlight=False,
         )  # fmt: skip
         cells = [
             [name, f"{n:,}", *(f"{value:.2f}" for value in row)]
-            for name, n, row in zip(
-                domains["names"], domains["n_tokens"], domains["total_variation"], strict=True
-            )
+            for name, n, row in zip(names, domains["n_tokens"], domains["total_variation"], strict=True)
         ]
         title = "Total variation between domains (diagonal: halves of one domain, noise)"
-        out.print(_table(title, ("", "tokens", *domains["names"]), cells))
+        out.print(_table(title, ("", "tokens", *names), cells))
 
 
 def _known(out: Console, told: Mapping[str, Any]) -> None:
     known = told["known"]
     columns = (
-        ("busiest/mean", "busiest_over_mean", ".2f"), ("Gini", "gini", ".2f"), ("entropy", "entropy", ".2f"),
-        ("EP8", "balancedness_ep8", ".2f"), ("EP16", "balancedness_ep16", ".2f"),
-        ("EP32", "balancedness_ep32", ".2f"), ("next token", "shared_with_next_token", ".2f"),
+        ("busiest", "busiest_over_mean"), ("Gini", "gini"), ("entr.", "entropy"), ("EP8", "balancedness_ep8"),
+        ("EP16", "balancedness_ep16"), ("EP32", "balancedness_ep32"), ("next", "shared_with_next_token"),
     )  # fmt: skip
 
     def cells(label: str, one: Mapping[str, Any], sizes: str) -> list[str]:
         return [
             label,
             sizes,
-            *(f"{one[key]:{style}}" if one.get(key) is not None else "-" for _, key, style in columns),
+            *(f"{one[key]:.2f}" if one.get(key) is not None else "-" for _, key in columns),
         ]
 
-    own = cells(f"> {told['name']}", known["own"], f"{told['n_experts']} / {told['top_k']}")
+    own = cells(
+        f"[bold]> {escape(told['name'])}[/bold]", known["own"], f"{told['n_experts']}/{told['top_k']}"
+    )
     rows = [(known["own"]["busiest_over_mean"], own)]
     rows += [
-        (one["busiest_over_mean"], cells(one["name"], one, f"{one['n_experts']} / {one['top_k'] or '?'}"))
+        (
+            one["busiest_over_mean"],
+            cells(escape(one["name"]), one, f"{one['n_experts']}/{one['top_k'] or '?'}"),
+        )
         for one in known["models"]
     ]
     rows.sort(key=lambda row: -row[0])
-    title = "Among known models (medians over layers; EP: mean over busiest rank as numbered)"
-    out.print(_table(title, ("", "experts", *(name for name, _, _ in columns)), [row for _, row in rows]))
-    out.print(f"Most alike in skew: {known['nearest']}.", highlight=False)
+    heads = ("", "E/k", *(name for name, _ in columns))
+    out.print(_table("Among known models", heads, [row for _, row in rows]))
+    out.print(
+        "E/k: experts and top-k; busiest over mean, Gini, entropy: medians over layers; EP: mean over busiest rank, "
+        "experts as numbered; next: share of experts that the next token keeps.", highlight=False,
+    )  # fmt: skip
+    out.print(f"Most alike in skew: {escape(known['nearest'])}.", highlight=False)
