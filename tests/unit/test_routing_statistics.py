@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -137,14 +138,12 @@ def test_layers_that_know_nothing_of_each_other_predict_as_popularity_does(skewe
     assert found["total_variation"] == pytest.approx(found["total_variation_noise"], abs=0.004)
 
 
-def test_requests_that_lean_one_way_do_not_pass_for_a_link():
-    own = choices(
-        80, 3, 64, 8
-    )  # each request keeps to eight experts of its own per layer, layers independent
-    keep = choices(8000, 3, 8, 4, seed=2)
-    ids = np.take_along_axis(np.repeat(own, 100, axis=0), keep.astype(np.int64), -1)
-    found = layer_prediction(token_runs(made(ids, 64)))
-    assert found["hit_rate"] > found["popularity_hit_rate"] - 0.015
+def test_tokens_that_resemble_each_other_do_not_pass_for_a_link():
+    # neighbours of a request share their experts, so the same pairs come again and again, for that request only
+    unlinked = replace(catalog_routing("default"), layer_link=0.0)
+    trace = generate_trace(unlinked, RoutingShape(6, 64, 8), n_sequences=40, sequence_length=128)
+    found = layer_prediction(token_runs(trace))
+    assert found["hit_rate"] > found["popularity_hit_rate"] - 0.01
 
 
 def test_total_variation_of_a_link_is_the_plain_sum():
@@ -154,6 +153,7 @@ def test_total_variation_of_a_link_is_the_plain_sum():
     found = layer_prediction(token_runs(made(np.stack([now, after], 1)[:, :, None].astype(np.uint8), 3)))
     # p(b | a) is 2/3 at b = a and 1/6 elsewhere; p(b) is 1/3
     assert found["total_variation"] == pytest.approx(1 / 3, abs=0.02)
+    assert found["total_variation_noise"] < 0.03
     assert found["hit_rate"] == pytest.approx(2 / 3, abs=0.02)
 
 
@@ -208,6 +208,7 @@ def test_popularity_that_turns_round_is_seen_at_the_lag_where_it_does():
     by_lag = [found["total_variation"][str(lag)] for lag in range(1, 24)]
     assert by_lag[0] < by_lag[5] < by_lag[12]
     assert by_lag[-1] == pytest.approx(max(by_lag), abs=0.02)
+    assert found["noise"]["total_variation"] < max(by_lag) / 2
     p = [np.bincount(ids[:, 0].ravel(), minlength=16) / ids[:, 0].size for ids in (first, last)]
     assert by_lag[-1] == pytest.approx(0.5 * np.abs(p[0] - p[1]).sum(), abs=0.03)
 
@@ -279,7 +280,7 @@ def test_eplb_is_the_most_even_and_batches_are_less_even_than_their_sum():
         n_redundant=16,
     )  # fmt: skip
     plain, best = rows
-    assert best["balancedness"] > plain["balancedness"] + 0.05
+    assert best["balancedness"] > max(0.95, plain["balancedness"] + 0.05)
     for row in rows:
         assert row["n_redundant"] == 16
         by_size = [row["batches"][n]["balancedness"] for n in ("8", "32", "128")]
