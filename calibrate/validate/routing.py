@@ -70,6 +70,11 @@ class Case:
     per_layer: bool = True
     """Whether layers of the two are the same, so that a fit layer by layer can be compared."""
 
+    @property
+    def shape(self) -> RoutingShape:
+        """Of the routing shown, without expert groups."""
+        return RoutingShape(self.shown_on.n_layers, self.shown_on.n_experts, self.shown_on.top_k or 8)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -187,7 +192,7 @@ def _priced_each(sources: Sequence[RoutingSource], model: str, ep: int) -> dict[
 def compare(case: Case) -> list[Row]:
     """Price the real routing of a case and what stands in for it."""
     real = case.shown_on
-    shape = RoutingShape(real.n_layers, real.n_experts, real.top_k or 8)
+    shape = case.shape
     load = np.asarray(inclusion(real, shape))
     shown = _drawn_as(real, case.renamed)
     kinds: dict[str, RoutingSource] = {

@@ -94,7 +94,7 @@ def fit_locality(trace: RoutingTrace) -> dict[str, float]:
     shape = RoutingShape(min(_LAYERS, trace.n_layers), trace.n_experts, trace.top_k or 1)
     layers = spread_layers(trace.n_layers, shape.n_layers)
     p = np.asarray(inclusion(trace, RoutingShape(trace.n_layers, shape.n_experts, shape.top_k)))[layers]
-    found = measure_locality(ids[:, layers] if trace.n_tokens < 10**6 else ids, offsets)
+    found = measure_locality(ids, offsets)
     common = _Common(p, shape)
     above = found.consecutive - found.same_request
     keep = float(np.clip((found.two_apart - found.same_request) / max(above, 1e-9), 0.0, 0.95))
