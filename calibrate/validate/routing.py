@@ -3,8 +3,9 @@
     python -m calibrate.validate.routing DATA_DIR [--json]
 
 DATA_DIR holds `deepseek_v3_sglang` and `gpt_oss_20b`. Each real file is drawn and priced on H200 nodes as any scenario
-is, and so are two generators fitted to it (a curve for each layer; nine curves for all layers), Zipf popularity of the
-same Gini coefficient, and uniform routing. Held out: fitted on every other layer (sequence) and shown on the rest.
+is, and so are two generators fitted to it (a curve for each layer; a few curves for all layers), Zipf popularity of
+the same Gini coefficient, and uniform routing. Held out: fitted on every other layer (of gpt-oss-20b: sequence) and
+shown on the rest, beside the half it was fitted on itself.
 """
 
 from __future__ import annotations
@@ -68,6 +69,11 @@ class Case:
     eps: tuple[int, ...]
     per_layer: bool = True
     """Whether layers of the two are the same, so that a fit layer by layer can be compared."""
+
+    @property
+    def shape(self) -> RoutingShape:
+        """Of the routing shown, without expert groups."""
+        return RoutingShape(self.shown_on.n_layers, self.shown_on.n_experts, self.shown_on.top_k or 8)
 
 
 @dataclass(frozen=True)
@@ -186,23 +192,25 @@ def _priced_each(sources: Sequence[RoutingSource], model: str, ep: int) -> dict[
 def compare(case: Case) -> list[Row]:
     """Price the real routing of a case and what stands in for it."""
     real = case.shown_on
-    shape = RoutingShape(real.n_layers, real.n_experts, real.top_k or 8)
+    shape = case.shape
     load = np.asarray(inclusion(real, shape))
-    seeds = range(N_SEEDS)
-    shown = [real.permuted(seed) for seed in seeds] if case.renamed else [real]
-    kinds = {
+    shown = _drawn_as(real, case.renamed)
+    kinds: dict[str, RoutingSource] = {
         "per layer": fit_generator(case.fitted_to, per_layer=True),
-        "nine curves": fit_generator(case.fitted_to),
+        "few curves": fit_generator(case.fitted_to),
         "zipf": zipf_of(np.asarray(case.fitted_to.counts, dtype=float)),
         "uniform": SyntheticRouting.uniform(),
+        "other half": case.fitted_to,
     }
+    if case.fitted_to is case.shown_on:
+        del kinds["other half"]
     if not case.per_layer:
         del kinds["per layer"]
     rows = []
     for ep in case.eps:
         truth = {part: each.mean(axis=0) for part, each in _priced_each(shown, real.model, ep).items()}
-        for name, generator in kinds.items():
-            made = [replace(generator, seed=seed, keep_index=not case.renamed) for seed in seeds]
+        for name, source in kinds.items():
+            made = _drawn_as(source, case.renamed)
             off = {
                 part: each / truth[part] - 1.0 for part, each in _priced_each(made, real.model, ep).items()
             }
@@ -223,8 +231,15 @@ def compare(case: Case) -> list[Row]:
     return rows
 
 
+def _drawn_as(source: RoutingSource, renamed: bool) -> list[RoutingSource]:
+    """Draws of a generator, or a real file; renamed where experts' places are to tell nothing."""
+    if isinstance(source, SyntheticRouting):
+        return [replace(source, seed=seed, keep_index=not renamed) for seed in range(N_SEEDS)]
+    return [source.permuted(seed) for seed in range(N_SEEDS)] if renamed else [source]
+
+
 def _busiest_errors(
-    load: FloatArray, made: Sequence[SyntheticRouting], shape: RoutingShape, *, by_layer: bool
+    load: FloatArray, made: Sequence[RoutingSource], shape: RoutingShape, *, by_layer: bool
 ) -> tuple[float, float]:
     """Size of the error of busiest over mean, mean and largest over layers; sorted layers where none is named."""
     real = load.max(-1) / load.mean(-1)
@@ -233,8 +248,8 @@ def _busiest_errors(
     return float(errors.mean()), float(errors.max())
 
 
-def _busiest(generator: SyntheticRouting, shape: RoutingShape, *, by_layer: bool) -> FloatArray:
-    p = popularity(generator, shape)
+def _busiest(source: RoutingSource, shape: RoutingShape, *, by_layer: bool) -> FloatArray:
+    p = np.asarray(inclusion(source, shape))
     busiest = np.asarray(p.max(-1) / p.mean(-1))
     return busiest if by_layer else np.sort(busiest)
 

@@ -24,12 +24,13 @@ _MEANINGS = {
     "log_sigma": "standard deviation of log popularity over the experts of a layer, median over layers",
     "log_sigma_spread": "standard deviation over layers of log(log_sigma)",
     "log_skew": "weight of a quadratic term in log popularity; above 0 a heavier upper tail than log-normal",
-    "request_sigma": "standard deviation of one request's log preference for an expert",
-    "request_skew": "weight of a quadratic term in a request's preferences",
-    "token_step": "scale of the Laplace step between consecutive tokens, in units of top_k / n_experts",
-    "layer_link": "share of tokens whose choices in all layers hang together",
-    "drift_sigma": "standard deviation of the slow part of log popularity, from sequence to sequence",
-    "drift_sequences": "sequences after which the slow part has lost all but 1/e of what it was",
+    "request_spread": "standard deviation of where a request's tokens start on the circle of experts, in turns",
+    "request_stray": "share of a request's tokens that start anywhere",
+    "token_keep": "share of tokens that start where their predecessor did, but for the step",
+    "token_step": "scale of a token's own Laplace step, in units of top_k / n_experts",
+    "layer_link": "share of requests (decode: tokens) whose choices in all layers hang together",
+    "drift_share": "share of the variance of where linked requests stand that changes slowly from one to the next",
+    "drift_sequences": "sequences after which that slow part has lost all but 1/e of what it was",
     "zipf_exponent": "popularity of rank r is r ** -zipf_exponent",
     "seed": "seed of the popularity and of the tokens",
 }
@@ -168,8 +169,8 @@ def write_generator(
             "index_trend": _row([c.index_trend for c in generator.curves]),
             "block_peaks": [_row(c.block_peaks) for c in generator.curves],
         }
-    body["provenance"] = {"kind": "fitted" if generator.kind == "fitted" else "assumed"}
-    body["provenance"]["data"] = generator.provenance
+    kind = "fitted" if generator.kind == "fitted" else "assumed"
+    body["provenance"] = {"kind": kind, "data": generator.provenance}
     if quality is not None:
         body["quality"] = quality
     _write_yaml(body, target)
@@ -210,5 +211,6 @@ def default_routing(model: str | None = None) -> SyntheticRouting:
 @lru_cache(maxsize=1)
 def _own_generators() -> dict[str, str]:
     """Generator by model, for those entries that name the models they are to stand for."""
-    entries = ((file.stem, YAML(typ="safe").load(file)) for file in sorted(_folder().glob("*.yaml")))
-    return {str(model): name for name, entry in entries for model in entry.get("models", ())}
+    texts = ((file.stem, file.read_text(encoding="utf-8")) for file in sorted(_folder().glob("*.yaml")))
+    entries = ((name, YAML(typ="safe").load(text)) for name, text in texts if "\nmodels:" in text)
+    return {str(model): name for name, entry in entries for model in entry["models"]}

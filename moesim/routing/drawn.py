@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import TraceError
 from moesim.routing.batches import (
-    BANK_SEQUENCE_TOKENS,
+    REQUEST_TOKENS,
     Phase,
     RoutingSource,
     draw_batch,
@@ -76,7 +76,7 @@ def draw_trace(
         drawn = draw_batch(source, shape, n_ranks=n_ranks, n_tokens=n_tokens, phase=phase, rng=rng)
         ids = np.moveaxis(drawn, 0, 2).reshape(n_ranks * n_tokens, shape.n_layers, shape.top_k)
         at = np.tile(np.arange(n_tokens), (n_ranks, 1))
-        offsets = _offsets(at, phase, np.arange(0, n_tokens, BANK_SEQUENCE_TOKENS))
+        offsets = _offsets(at, phase, np.arange(0, n_tokens, REQUEST_TOKENS))
     name = source.name if isinstance(source, SyntheticRouting) else source.model
     told = source.provenance if isinstance(source, SyntheticRouting) else source.source
     return RoutingTrace(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.routing.catalog import default_routing
+from moesim.routing.fit_locality import fit_locality
 from moesim.routing.load_curves import KNOTS, LoadCurve, block_peaks, curve_load, falling, hats, scores, table
 from moesim.routing.synthetic import SyntheticRouting
 from moesim.routing.trace import RoutingTrace
@@ -15,8 +14,8 @@ from moesim.routing.trace import RoutingTrace
 __all__ = ["fit_curves", "fit_generator", "skew_rows"]
 
 FloatArray = NDArray[np.float64]
-N_ROWS = 9
-"""Curves that stand for all layers of a model."""
+_LAYERS_PER_CURVE = 3.5
+"""Of the few curves that stand for all layers of a model."""
 _STIFFNESS = 0.005
 """Weight of a curve's bend against the experts' loads: decides only where no expert stands near a knot."""
 
@@ -39,25 +38,35 @@ def fit_generator(trace: RoutingTrace, *, per_layer: bool = False) -> SyntheticR
     """
     curves = fit_curves(trace.counts)
     if not per_layer:
-        curves = skew_rows(curves, N_ROWS)
+        curves = skew_rows(curves, max(1, int(trace.n_layers / _LAYERS_PER_CURVE)), trace.n_experts)
     return SyntheticRouting(
-        **_locality(),
         name=f"fitted to {trace.model}",
         phase=trace.phase,
         curves=curves,
         curve_order="depth" if per_layer else "skew",
         curve_experts=trace.n_experts,
-        provenance=f"fitted to {trace.model}, {trace.source}",
+        provenance=_provenance(trace),
+        **_locality(trace),  # type: ignore[arg-type]
     )
 
 
-def _locality() -> dict[str, Any]:
+def _provenance(trace: RoutingTrace) -> str:
+    what = "popularity, locality, layer dependence, drift" if trace.is_token_level else "popularity"
+    rest = "" if trace.is_token_level else "; the rest carried over from default.yaml"
+    return f"{what}: {trace.model}, {trace.source}{rest}"
+
+
+def _locality(trace: RoutingTrace) -> dict[str, float]:
+    """Fitted where single tokens are known, else what `default` has."""
+    if trace.is_token_level:
+        return fit_locality(trace)
     base = default_routing()
-    return {key: getattr(base, key) for key in ("request_sigma", "request_skew", "token_step", "layer_link")}
+    names = ("request_spread", "request_stray", "token_keep", "token_step", "layer_link")
+    return {name: getattr(base, name) for name in names}
 
 
 def fit_curves(counts: NDArray[np.integer] | FloatArray) -> tuple[LoadCurve, ...]:
-    """One curve per layer, by least squares weighted with the load.
+    """One curve per layer, by least squares weighted with load ** 1.5: the busiest experts set the pace.
 
     Parameters
     ----------
@@ -80,14 +89,14 @@ def fit_curves(counts: NDArray[np.integer] | FloatArray) -> tuple[LoadCurve, ...
     bend = np.diff(steps, 2, axis=0) * _STIFFNESS * np.sqrt(n_experts)
     found = []
     for row, trend, peaks in zip(np.sort(load, axis=-1), _index_trends(load), block_peaks(load), strict=True):
-        weight = np.sqrt(row)
+        weight = row**0.75
         left = np.concatenate([to_load * weight[:, None], bend])
         right = np.concatenate([np.log(row) * weight, np.zeros(len(bend))])
         found.append(_curve(np.array([*(steps @ nnls(left, right)[0]), trend, *peaks])))
     return tuple(found)
 
 
-def skew_rows(curves: tuple[LoadCurve, ...], n_rows: int) -> tuple[LoadCurve, ...]:
+def skew_rows(curves: tuple[LoadCurve, ...], n_rows: int, n_experts: int) -> tuple[LoadCurve, ...]:
     """Fewer curves that stand for all: layers ordered by their busiest expert, evenly spaced, least squares.
 
     Parameters
@@ -96,10 +105,12 @@ def skew_rows(curves: tuple[LoadCurve, ...], n_rows: int) -> tuple[LoadCurve, ..
         One per layer.
     n_rows
         Curves wanted; row i stands at the share i / (n_rows - 1) of the layers.
+    n_experts
+        Experts per layer.
     """
     n_layers, n_rows = len(curves), min(n_rows, len(curves))
     rows = table(curves)
-    order = np.argsort(curve_load(rows[:, : KNOTS.size], 256)[:, -1], kind="stable")
+    order = np.argsort(curve_load(rows[:, : KNOTS.size], n_experts)[:, -1], kind="stable")
     if n_rows == 1:
         return (_curve(rows.mean(0)),)
     at = (np.arange(n_layers) + 0.5) / n_layers * (n_rows - 1)

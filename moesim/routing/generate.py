@@ -1,20 +1,18 @@
-"""Whole traces from a generator: sequences one behind the other, popularity drifting as they go."""
+"""Whole traces from a generator: sequences one behind the other, in the order they ran."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moesim.errors import TraceError
+from moesim.routing.banks import RUN, Requests, request_tokens
 from moesim.routing.batches import Phase
-from moesim.routing.synthetic import RoutingShape, SyntheticRouting, cached_popularity, prefill_bank
+from moesim.routing.synthetic import RoutingShape, SyntheticRouting, cached_popularity
 from moesim.routing.trace import RoutingTrace
 
 __all__ = ["generate_trace"]
 
-FloatArray = NDArray[np.float64]
-_BLOCK = 64
-"""Sequences drawn at a time; over each block experts get exactly their popularity."""
+_TOKENS_AT_ONCE = 4096
 
 
 def generate_trace(
@@ -55,18 +53,17 @@ def generate_trace(
         sizes = (n_sequences, sequence_length)
         raise TraceError("a trace has at least one sequence and one token", value=sizes)
     rng = np.random.default_rng([seed, generator.seed, 3])
-    p = cached_popularity(generator, shape)
+    requests = Requests.dealt(shape, generator, n_sequences, rng)
+    whole = -(-sequence_length // RUN) * RUN
+    n_at_once = max(1, _TOKENS_AT_ONCE // whole)
     small = np.uint8 if shape.n_experts <= 256 else np.uint16
-    ids = np.empty((n_sequences * sequence_length, shape.n_layers, shape.top_k), dtype=small)
-    for start in range(0, n_sequences, _BLOCK):
-        n_block = min(_BLOCK, n_sequences - start)
-        bank = prefill_bank(
-            p, shape, generator, rng, n_sequences=n_block, sequence_length=-(-sequence_length // 32) * 32
-        )
-        tokens = bank.reshape(shape.top_k, shape.n_layers, n_block, -1)[..., :sequence_length]
-        at = start * sequence_length
-        block = tokens.reshape(shape.top_k, shape.n_layers, -1).transpose(2, 1, 0)
-        ids[at : at + n_block * sequence_length] = block
+    ids = np.empty((n_sequences, sequence_length, shape.n_layers, shape.top_k), dtype=small)
+    p = cached_popularity(generator, shape)
+    for start in range(0, n_sequences, n_at_once):
+        which = np.arange(start, min(start + n_at_once, n_sequences))
+        drawn = request_tokens(p, shape, generator, requests, which, whole, rng)
+        tokens = drawn.reshape(shape.top_k, shape.n_layers, which.size, whole)[..., :sequence_length]
+        ids[which] = tokens.transpose(2, 3, 1, 0)
     return RoutingTrace(
         model=generator.name,
         n_experts=shape.n_experts,
@@ -75,6 +72,6 @@ def generate_trace(
         phase=phase,
         source=f"synthetic, drawn from {generator.name}: {generator.provenance}",
         licence="none: generated",
-        expert_ids=ids,
+        expert_ids=ids.reshape(-1, shape.n_layers, shape.top_k),
         sequence_offsets=np.arange(n_sequences + 1, dtype=np.int64) * sequence_length,
     )

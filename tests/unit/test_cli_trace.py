@@ -162,12 +162,12 @@ class TestSample:
     @pytest.mark.parametrize("phase", ["decode", "prefill"])
     def test_of_a_generator(self, moesim: Callable[..., Told], tmp_path: Path, phase: str) -> None:
         code, out, _ = moesim(
-            "sample", "default", "--model", "mixtral-8x7b", "--ranks", "2", "--tokens", "100", "--phase", phase,
+            "sample", "default", "--model", "mixtral-8x7b", "--ranks", "2", "--tokens", "600", "--phase", phase,
             "-o", "b.safetensors", "--json",
         )  # fmt: skip
         told = json.loads(out)
         assert code == 0
-        assert told["n_sequences"] == (200 if phase == "decode" else 4)
+        assert told["n_sequences"] == (1200 if phase == "decode" else 4)
         assert read_trace(tmp_path / "b.safetensors").n_experts == 8
 
     @pytest.mark.usefixtures("trace")
