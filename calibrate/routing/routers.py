@@ -1,8 +1,8 @@
 """Finding the routers of a transformers model, and reading what one chose from what it returned.
 
 Every layout is told by structure. transformers 5: a router module returns (logits, weights, ids). transformers 4
-and models that bring their own code: (ids, weights), or (scores over all experts, ids), or the router is a bare
-linear layer beside a list of experts and its block scores.
+and models that bring their own code: (ids, weights), or scores over all experts with or without ids, or the router is
+a bare linear layer beside a list of experts and its block scores.
 """
 
 from __future__ import annotations
@@ -140,6 +140,10 @@ def chosen(router: Router, output: Any) -> tuple[NDArray[Any], NDArray[np.float1
 
 
 def _scored(router: Router, flat: list[torch.Tensor]) -> tuple[NDArray[Any], NDArray[np.float16]]:
+    sparse = [one for one in flat if router.top_k and bool(((one != 0).sum(-1) == router.top_k).all())]
+    if sparse and router.top_k:  # scores over all experts, zero where not chosen, and no ids (Llama 4)
+        best = sparse[0].topk(router.top_k)
+        return best.indices.cpu().numpy(), best.values.to("cpu", torch.float32).numpy().astype(np.float16)
     if not router.linear or len(flat) != 1 or router.top_k is None:
         rule = "a router returns the ids of the experts it chose"
         raise TraceError(rule, value=[tuple(one.shape) for one in flat], place=router.name)
