@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Capture:
         self._eos, self._ended = eos, np.zeros(0, dtype=np.bool_)
         self._file = tempfile.TemporaryFile(dir=folder, prefix=".capture.")  # noqa: SIM115 (closed by `close`)
         self._passes: list[_Pass] = []
-        self._open: dict[int, tuple[NDArray[Any], NDArray[np.float16] | None]] | None = None
+        self._open: dict[int, tuple[NDArray[Any], NDArray[np.float16] | None] | None] | None = None
         self._about: tuple[int, int, NDArray[np.bool_], str] = (0, 0, np.zeros((0, 0), bool), "prefill")
 
     def begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -95,16 +95,26 @@ class Capture:
 
         return hook
 
+    def experts(self, router: Router) -> Callable[[torch.nn.Module, Any, dict[str, Any]], None]:
+        """Make the hook of a router's experts, for blocks that choose by themselves from its logits."""
+
+        def hook(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if self._open is not None and (router.linear or self._open.get(router.layer) is None):
+                given = chosen(replace(router, linear=False), (*args, *kwargs.values()))
+                self._open[router.layer] = given or self._open.get(router.layer)
+
+        return hook
+
     def end(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Move a pass that is over to the file."""
         found, self._open = self._open or {}, None
         n_rows, n_columns, real, phase = self._about
         if phase not in self._phases:
             return
-        missing = [router.name for router in self._routers if router.layer not in found]
-        if missing:
-            raise TraceError("did not run in this pass", value=missing, place="capture")
-        planes = [found[router.layer] for router in self._routers]
+        planes = [one for router in self._routers if (one := found.get(router.layer)) is not None]
+        if len(planes) < len(self._routers):
+            missing = [router.name for router in self._routers if found.get(router.layer) is None]
+            raise TraceError("told no ids of experts in a pass", value=missing, place="capture")
         shapes = {ids.shape for ids, _ in planes}
         if len(shapes) > 1 or next(iter(shapes))[0] != n_rows * n_columns:
             rule = f"every router chooses as many experts for each of the {n_rows} x {n_columns} tokens"
@@ -236,6 +246,8 @@ def capture_routing(
         hooks.callback(model.register_forward_hook(capture.end).remove)
         for router in routers:
             hooks.callback(router.module.register_forward_hook(capture.router(router)).remove)
+            given = capture.experts(router)
+            hooks.callback(router.experts.register_forward_pre_hook(given, with_kwargs=True).remove)
         yield capture
         hooks.close()
         capture.end_batch()

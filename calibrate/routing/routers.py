@@ -1,8 +1,8 @@
 """Finding the routers of a transformers model, and reading what one chose from what it returned.
 
-Every layout is told by structure. transformers 5: a router module returns (logits, weights, ids). transformers 4
-and models that bring their own code: (ids, weights), or (scores over all experts, ids), or the router is a bare
-linear layer beside a list of experts and its block scores.
+Every layout is told by structure. transformers 5: a router module returns (logits, weights, ids), or its block hands
+ids and weights to its experts. transformers 4 and models that bring their own code: (ids, weights), or scores over all
+experts with or without ids, or the router is a bare linear layer beside a list of experts and its block scores.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Router:
         Its path in the model.
     layer
         Index of its layer.
-    module
-        What is hooked.
+    module, experts
+        What is hooked: what it returns, else what its experts are given.
     n_experts, top_k
         As the module or the block around it says; None where neither does.
     linear
@@ -48,6 +48,7 @@ class Router:
     name: str
     layer: int
     module: torch.nn.Module
+    experts: torch.nn.Module
     n_experts: int | None
     top_k: int | None
     linear: bool
@@ -89,6 +90,7 @@ def _routers(model: torch.nn.Module) -> Iterator[Router]:
                 name=f"{path}.{name}" if path else name,
                 layer=_layer(path),
                 module=child,
+                experts=experts,
                 n_experts=_first(_N_EXPERTS, child, experts, block, config),
                 top_k=_first(_TOP_K, child, block, config),
                 linear=linear,
@@ -109,20 +111,20 @@ def _first(names: tuple[str, ...], *holders: object) -> int | None:
     return None
 
 
-def chosen(router: Router, output: Any) -> tuple[NDArray[Any], NDArray[np.float16] | None]:
-    """Read ids and weights, (tokens, top_k), from what a router returned.
+def chosen(router: Router, output: Any) -> tuple[NDArray[Any], NDArray[np.float16] | None] | None:
+    """Read ids and weights, (tokens, top_k), from what a router returned, or its experts were given.
 
     Parameters
     ----------
     router
         The router.
     output
-        What its forward pass returned.
+        One tensor or several.
 
-    Raises
-    ------
-    TraceError
-        If there are no ids in it.
+    Returns
+    -------
+    ids, weights : (n_tokens, top_k)
+        Weights are None where they are not among the tensors; all is None where ids are not.
     """
     parts = [
         one for one in (output if isinstance(output, tuple | list) else (output,)) if torch.is_tensor(one)
@@ -139,9 +141,12 @@ def chosen(router: Router, output: Any) -> tuple[NDArray[Any], NDArray[np.float1
     return ids.to("cpu", torch.int64).numpy(), stored
 
 
-def _scored(router: Router, flat: list[torch.Tensor]) -> tuple[NDArray[Any], NDArray[np.float16]]:
+def _scored(router: Router, flat: list[torch.Tensor]) -> tuple[NDArray[Any], NDArray[np.float16]] | None:
+    sparse = [one for one in flat if router.top_k and bool(((one != 0).sum(-1) == router.top_k).all())]
+    if sparse and router.top_k:  # scores over all experts, zero where not chosen, and no ids (Llama 4)
+        best = sparse[0].topk(router.top_k)
+        return best.indices.cpu().numpy(), best.values.to("cpu", torch.float32).numpy().astype(np.float16)
     if not router.linear or len(flat) != 1 or router.top_k is None:
-        rule = "a router returns the ids of the experts it chose"
-        raise TraceError(rule, value=[tuple(one.shape) for one in flat], place=router.name)
+        return None
     ids, weights = choose(flat[0].to("cpu", torch.float32).numpy(), router.top_k)
     return ids, weights.astype(np.float16)

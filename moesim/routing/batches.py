@@ -27,6 +27,7 @@ from moesim.routing.synthetic import (
 from moesim.routing.trace import RoutingTrace
 
 __all__ = [
+    "REQUEST_TOKENS",
     "Phase",
     "RoutingSource",
     "draw_batch",

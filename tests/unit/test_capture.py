@@ -111,6 +111,8 @@ def test_ids_and_weights_equal_the_routers_own(tmp_path, family):
     real = mask.reshape(-1).bool()
     assert trace.layer_ids == tuple(sorted(seen))
     for number, layer in enumerate(trace.layer_ids):
+        if not isinstance(seen[layer], tuple):
+            pytest.skip("this release's router returns logits, and its block chooses")
         _, weights, chosen = seen[layer]
         assert np.array_equal(trace.expert_ids[:, number], chosen[real].numpy())
         assert np.array_equal(trace.expert_weights[:, number], weights[real].numpy().astype(np.float16))
@@ -157,7 +159,9 @@ def test_batches_follow_each_other_and_hooks_go(tmp_path):
     assert trace.offsets.tolist() == [8 * n for n in range(7)]
     assert trace.model == "toy"
     assert not model._forward_hooks
-    assert not any(router.module._forward_hooks for router in find_routers(model))
+    for router in find_routers(model):
+        assert not router.module._forward_hooks
+        assert not router.experts._forward_pre_hooks
 
 
 def test_nothing_is_written_when_the_body_fails(tmp_path):
@@ -197,6 +201,42 @@ class ScoresRouter(torch.nn.Linear):
     def forward(self, hidden):
         best, ids = super().forward(hidden).topk(2)
         return torch.zeros(len(ids), 8).scatter_(1, ids, best.softmax(-1)), ids
+
+
+class ChosenByTheBlock(OldBlock):
+    """A block that gives its experts the least likely two, which no one could tell from the logits."""
+
+    def __init__(self, gate):
+        super().__init__(gate)
+        self.experts = GivenIds()
+
+    def forward(self, hidden):
+        scores, ids = (-self.gate(hidden.reshape(-1, 4))).topk(2)
+        return self.experts(hidden, ids, top_k_weights=scores)
+
+
+class GivenIds(torch.nn.Module):
+    def forward(self, hidden, ids, top_k_weights):
+        return hidden
+
+
+def test_ids_that_a_block_gives_its_experts(tmp_path):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.block = torch.nn.Embedding(20, 4), ChosenByTheBlock(torch.nn.Linear(4, 8))
+
+        def forward(self, input_ids):
+            return self.block(self.embed(input_ids))
+
+    torch.manual_seed(0)
+    model, ids = Model(), torch.arange(6)[None]
+    with torch.no_grad(), capture_routing(model, tmp_path / "t.safetensors"):
+        model(ids)
+        expected = (-model.block.gate(model.embed(ids)[0])).topk(2)
+    trace = read_trace(tmp_path / "t.safetensors")
+    assert np.array_equal(trace.expert_ids[:, 0], expected.indices.numpy())
+    assert np.array_equal(trace.expert_weights[:, 0], expected.values.numpy().astype(np.float16))
 
 
 @pytest.mark.parametrize("gate", [torch.nn.Linear, IdsFirstGate, ScoresRouter])
