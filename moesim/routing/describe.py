@@ -171,10 +171,9 @@ def _skew(source: RoutingSource, shape: RoutingShape, load: FloatArray, seed: in
 
 
 def _domains(trace: RoutingTrace, runs: TokenRuns | None, seed: int) -> dict[str, Any] | None:
-    domains = getattr(trace, "sequence_domains", None)
-    if runs is None or domains is None:
+    if runs is None or trace.sequence_domains is None:
         return None
-    return domain_specialisation(runs, domains, getattr(trace, "domains", ()), seed=seed)
+    return domain_specialisation(runs, trace.sequence_domains, trace.domains, seed=seed)
 
 
 def _own_figures(out: Mapping[str, Any], load: FloatArray) -> dict[str, float]:

@@ -51,7 +51,7 @@ def draw_trace(
     Returns
     -------
     RoutingTrace
-        Rank 0's tokens first; router weights come along where the source has them.
+        Rank 0's tokens first; router weights and domains come along where the source has them.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def draw_trace(
         raise TraceError("a batch has at most 2**31 expert ids", value=(n_ranks, n_tokens), fix="draw fewer")
     inclusion(source, shape)
     rng = np.random.default_rng(seed)
-    weights = None
+    weights, domains = None, None
     if isinstance(source, RoutingTrace) and source.is_token_level:
         at = trace_positions(source, n_ranks, n_tokens, phase, rng)
         layers = layer_map(source, shape.n_layers)
@@ -72,6 +72,9 @@ def draw_trace(
         if source.expert_weights is not None:
             weights = take_rows(source.expert_weights, at.ravel())[:, layers]
         offsets = _offsets(at, phase, source.offsets)
+        if source.sequence_domains is not None:
+            begins = at.ravel()[offsets[:-1]]
+            domains = source.sequence_domains[np.searchsorted(source.offsets, begins, side="right") - 1]
     else:
         drawn = draw_batch(source, shape, n_ranks=n_ranks, n_tokens=n_tokens, phase=phase, rng=rng)
         ids = np.moveaxis(drawn, 0, 2).reshape(n_ranks * n_tokens, shape.n_layers, shape.top_k)
@@ -90,6 +93,8 @@ def draw_trace(
         expert_ids=np.ascontiguousarray(ids),
         expert_weights=weights,
         sequence_offsets=offsets,
+        sequence_domains=domains,
+        domains=getattr(source, "domains", ()) if domains is not None else (),
         notes=(*getattr(source, "notes", ()), f"tokens of rank r are those from {n_tokens} r on"),
     )
 

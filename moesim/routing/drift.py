@@ -129,7 +129,7 @@ def _mean_pair(by_lag: Sequence[float], n_windows: int) -> float:
 
 
 def domain_specialisation(
-    runs: TokenRuns, sequence_domains: IndexArray, names: Sequence[str], *, seed: int = 0
+    runs: TokenRuns, sequence_domains: NDArray[Any], names: Sequence[str], *, seed: int = 0
 ) -> dict[str, Any] | None:
     """How differently domains use the experts.
 

@@ -1,7 +1,8 @@
 """Routing traces: which experts real tokens chose, in one memory-mapped safetensors file.
 
-A file holds ``expert_ids`` (tokens, moe_layers, top_k) with optional ``expert_weights`` and
-``sequence_offsets``, or ``expert_counts`` (steps, moe_layers, n_experts) alone; the header says the rest.
+A file holds ``expert_ids`` (tokens, moe_layers, top_k) with optional ``expert_weights``,
+``sequence_offsets`` and ``sequence_domains``, or ``expert_counts`` (steps, moe_layers, n_experts) alone;
+the header says the rest.
 Nothing in it is code, and nothing is ever unpickled.
 """
 
@@ -22,6 +23,7 @@ from moesim.routing.mapped import blocks
 __all__ = ["RoutingTrace", "check_ids", "check_weights", "map_trace", "read_trace"]
 
 _DTYPES = {"U8": "<u1", "U16": "<u2", "I32": "<i4", "I64": "<i8", "F16": "<f2"}
+_ARRAYS = ("expert_ids", "expert_weights", "sequence_offsets", "sequence_domains", "expert_counts")
 _COUNTED_AT_ONCE = 2**16
 """Ids that are counted together [count]: few enough to stay in the cache."""
 _CHECKED_AT_ONCE = 2**25
@@ -52,6 +54,10 @@ class RoutingTrace:
         Router weights in the same order; optional.
     sequence_offsets : (n_sequences + 1,), int64
         First token of each sequence, and the end; optional.
+    sequence_domains : (n_sequences,), uint8
+        Which of `domains` each sequence is from; optional, only beside `sequence_offsets`.
+    domains
+        Names of the domains, as `sequence_domains` numbers them.
     expert_counts : (n_steps, n_layers, n_experts), int64
         Tokens per expert; None for a token-level trace.
     notes
@@ -68,6 +74,8 @@ class RoutingTrace:
     expert_ids: NDArray[Any] | None = None
     expert_weights: NDArray[np.float16] | None = None
     sequence_offsets: NDArray[np.int64] | None = None
+    sequence_domains: NDArray[np.uint8] | None = None
+    domains: tuple[str, ...] = ()
     expert_counts: NDArray[np.int64] | None = None
     notes: tuple[str, ...] = field(default=())
 
@@ -179,6 +187,7 @@ def _check_shapes(t: RoutingTrace) -> None:
         raise _refuse(
             "layer_ids", "ascend, one per MoE layer", value=t.layer_ids, fix="sort and drop repeats"
         )
+    _check_domains(t)
     if t.expert_counts is not None:
         _check_counts(t, t.expert_counts)
         return
@@ -201,6 +210,27 @@ def _check_shapes(t: RoutingTrace) -> None:
         )
     if t.sequence_offsets is not None:
         _check_offsets(np.asarray(t.sequence_offsets), ids.shape[0])
+
+
+def _check_domains(t: RoutingTrace) -> None:
+    if t.sequence_domains is None:
+        if t.domains:
+            raise _refuse("domains", "stand beside sequence_domains", value=t.domains, fix="give both")
+        return
+    if t.sequence_offsets is None:
+        raise _refuse("sequence_domains", "need sequence_offsets", fix="say where each sequence begins")
+    domains = np.asarray(t.sequence_domains)
+    n_sequences = np.asarray(t.sequence_offsets).size - 1
+    if domains.shape != (n_sequences,) or domains.dtype.kind not in "ui":
+        value = (domains.shape, str(domains.dtype))
+        raise _refuse("sequence_domains", f"are {n_sequences} whole numbers, one a sequence", value=value)
+    if len(set(t.domains)) != len(t.domains) or not 1 <= len(t.domains) <= 256:
+        raise _refuse("domains", "are 1 to 256 distinct names", value=t.domains)
+    outside = np.flatnonzero((domains < 0) | (domains >= len(t.domains)))
+    if outside.size:
+        at = int(outside[0])
+        rule = f"number one of the {len(t.domains)} domains"
+        raise _refuse(f"sequence_domains[{at}]", rule, value=int(domains[at]))
 
 
 def _check_counts(t: RoutingTrace, counts: NDArray[np.int64]) -> None:
@@ -325,8 +355,7 @@ def _read_header(file: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]],
     if not isinstance(parsed, dict):
         raise TraceError("is not a safetensors file", fix="use `moesim trace import`")
     header = parsed.pop("__metadata__", {})
-    known = ("expert_ids", "expert_weights", "sequence_offsets", "expert_counts")
-    tensors = {name: parsed[name] for name in known if name in parsed}
+    tensors = {name: parsed[name] for name in _ARRAYS if name in parsed}
     if not isinstance(header, dict) or not {"expert_ids", "expert_counts"} & set(tensors):
         raise TraceError("holds neither expert_ids nor expert_counts", fix="use `moesim trace import`")
     ends = [info.get("data_offsets", [0, 0])[-1] for info in parsed.values() if isinstance(info, dict)]
@@ -363,6 +392,7 @@ def _fields(header: dict[str, str]) -> dict[str, Any]:
             "phase": header.get("phase", "unknown"),
             "source": header.get("source", "unknown"),
             "licence": header.get("licence", "unknown"),
+            "domains": tuple(str(n) for n in json.loads(header.get("domains", "[]"))),
             "notes": tuple(str(n) for n in json.loads(header.get("notes", "[]"))),
         }
     except (KeyError, TypeError, ValueError) as error:

@@ -37,10 +37,12 @@ class TraceHeader:
     source: str = "unknown"
     licence: str = "unknown"
     notes: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
 
     def metadata(self) -> dict[str, str]:
         """Give the strings of a safetensors header."""
-        return {
+        named = {"domains": json.dumps(list(self.domains))} if self.domains else {}
+        return named | {
             "format": "moesim-routing-1",
             "model": self.model,
             "n_experts": str(self.n_experts),
@@ -127,6 +129,10 @@ class TraceWriter:
             self._spool("expert_weights").write(half.tobytes())
         self.n_tokens += len(ids)
 
+    def domains(self, sequence_domains: NDArray[Any]) -> None:
+        """Append the domain of each of some sequences, as the header's `domains` are numbered."""
+        self._spool("sequence_domains").write(np.ascontiguousarray(sequence_domains, "|u1").tobytes())
+
     def counts(self, counts: NDArray[Any]) -> None:
         """Append steps of counts, (n_steps, n_layers, n_experts)."""
         self._spool("expert_counts").write(np.ascontiguousarray(counts, "<i8").tobytes())
@@ -155,6 +161,9 @@ class TraceWriter:
             layouts.append(("expert_weights", ids_shape, np.dtype("<f2")))
         if "expert_ids" in self._spools:
             layouts.append(("expert_ids", ids_shape, id_type))
+        if "sequence_domains" in self._spools:
+            n_sequences = self._spools["sequence_domains"].tell()
+            layouts.append(("sequence_domains", (n_sequences,), np.dtype("|u1")))
         if not layouts:
             raise TraceError("holds at least one token", value=0, place="trace")
         handle, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
@@ -232,8 +241,11 @@ def write_trace(trace: RoutingTrace, path: str | Path) -> Path:
         source=trace.source,
         licence=trace.licence,
         notes=trace.notes,
+        domains=trace.domains,
     )
     with TraceWriter(path, n_experts=trace.n_experts) as writer:
+        if trace.sequence_domains is not None:
+            writer.domains(trace.sequence_domains)
         if trace.expert_counts is not None:
             step = max(1, 2**21 // max(1, trace.n_layers * trace.n_experts))
             for at in range(0, len(trace.expert_counts), step):

@@ -43,6 +43,7 @@ def trace(tmp_path: Path) -> RoutingTrace:
     ids = np.argsort(-keys, axis=-1)[..., :2].astype(np.uint8)
     made = RoutingTrace(
         "toy", 16, 2, (1, 2, 3, 5), phase="decode", source="made up", licence="CC0", expert_ids=ids,
+        sequence_domains=np.arange(50, dtype=np.uint8) % 2, domains=("code", "[prose]"),
         expert_weights=np.repeat(np.arange(3000) / 4096, 8).reshape(3000, 4, 2).astype(np.float16),
         sequence_offsets=np.arange(0, 3001, 60),
     )  # fmt: skip
@@ -62,7 +63,15 @@ class TestShow:
         assert set(told["balancedness"]) == {"ep8", "ep16"}
         assert len(told["layers"][0]["load"]) == 16
         assert [one["layer"] for one in told["layers"]] == [1, 2, 3, 5]
-        for key in ("locality", "layer_prediction", "drift", "known", "by_batch", "active_experts"):
+        for key in (
+            "locality",
+            "layer_prediction",
+            "drift",
+            "domains",
+            "known",
+            "by_batch",
+            "active_experts",
+        ):
             assert told[key]
         assert len(told["known"]["models"]) > 20
         assert all(one["data"] and one["entry"] for one in told["known"]["models"])
@@ -72,7 +81,7 @@ class TestShow:
         for words in (
             "busiest expert over mean", "Share of experts with a token", "round-robin", "balanced", "Locality",
             "Next layer's experts", "Drift over", "Among known models", "> toy", "Most alike in skew",
-            "Most skewed: layer", "(expert 0:",
+            "Most skewed: layer", "(expert 0:", "Domains: knowing one tells", "[prose]",
         ):  # fmt: skip
             assert words in out
 
@@ -82,7 +91,7 @@ class TestShow:
         assert json.loads(out)["report"] == "page.html"
         page = (tmp_path / "page.html").read_text()
         assert "Plotly" in page
-        assert page.count('class="plot"') == 12
+        assert page.count('class="plot"') == 13
         assert "default-src 'none'" in page
 
     def test_a_placement_file(self, moesim: Callable[..., Told], tmp_path: Path) -> None:
@@ -133,6 +142,9 @@ class TestSample:
         at = np.round(np.asarray(drawn.expert_weights, dtype=float)[:, 0, 0] * 4096).astype(int)
         # half floats hold 11 bits: the neighbour of a token may stand for it
         sequences = at // 60
+        assert drawn.domains == ("code", "[prose]")
+        surely = np.round(at) % 60 > 1
+        assert np.array_equal(np.asarray(drawn.sequence_domains)[surely], (sequences % 2)[surely])
         for rank in range(4):
             assert np.unique(sequences[30 * rank : 30 * rank + 30]).size >= 28
 

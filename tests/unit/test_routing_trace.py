@@ -48,6 +48,14 @@ def test_token_level_trace_survives_the_file(tmp_path):
     assert back.is_token_level
 
 
+def test_domains_survive_the_file(tmp_path):
+    trace = token_trace(sequence_domains=np.array([1, 0]), domains=("python", "C, α"))
+    back = read_trace(write_trace(trace, tmp_path / "t.safetensors"))
+    assert back.domains == ("python", "C, α")
+    assert back.sequence_domains.dtype == np.uint8
+    assert back.sequence_domains.tolist() == [1, 0]
+
+
 def test_counts_only_trace_survives_the_file(tmp_path):
     trace = count_trace(top_k=None)
     back = read_trace(write_trace(trace, tmp_path / "t.safetensors"))
@@ -126,6 +134,19 @@ def test_bad_tokens_are_refused_and_nothing_is_written(tmp_path, changes, said):
         ),
         ({"sequence_offsets": np.array([0, 30])}, "run from 0 to the 40 tokens"),
         ({"sequence_offsets": np.array([0.0, 40.0])}, "two whole numbers"),
+        ({"domains": ("a",)}, "domains: .*stand beside sequence_domains"),
+        (
+            {"sequence_domains": np.array([0, 1]), "domains": ("a", "b"), "sequence_offsets": None},
+            "sequence_domains: need sequence_offsets",
+        ),
+        ({"sequence_domains": np.array([0]), "domains": ("a",)}, "are 2 whole numbers, one a sequence"),
+        ({"sequence_domains": np.array([0.0, 1.0]), "domains": ("a", "b")}, "whole numbers, one a sequence"),
+        ({"sequence_domains": np.array([0, 0])}, "domains: .*1 to 256 distinct names"),
+        ({"sequence_domains": np.array([0, 0]), "domains": ("a", "a")}, "1 to 256 distinct names"),
+        (
+            {"sequence_domains": np.array([0, 2]), "domains": ("a", "b")},
+            r"sequence_domains\[1\]: 2: number one of the 2 domains",
+        ),
     ],
 )
 def test_token_trace_that_contradicts_itself_is_refused(changes, said):
