@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from moesim.cli import show
-from moesim.cli.trace_show import model_shape, page_path
+from moesim.cli.trace_show import model_shape, named, page_path
 from moesim.errors import TraceError
 from moesim.routing import (
     Phase,
@@ -64,6 +64,8 @@ def sample(
         if source.top_k is None:
             raise TraceError("the trace does not say its top_k", value=trace, fix="add --model NAME")
         shape = RoutingShape(source.n_layers, source.n_experts, source.top_k)
+    if isinstance(source, RoutingTrace):
+        source = named(source, model)
     drawn = draw_trace(source, shape, n_ranks=ranks, n_tokens=tokens, phase=kind, seed=seed)
     _told(_written(drawn, target) | {"ranks": ranks, "tokens_per_rank": tokens}, json)
 
@@ -84,6 +86,7 @@ def fit(
     if not isinstance(source, RoutingTrace):
         raise TraceError("is a generator already", value=trace, fix="give a trace or a count file")
     source.check()
+    source = named(source, model)
     shape = shape or RoutingShape(source.n_layers, source.n_experts, source.top_k or min(8, source.n_experts))
     generator = fit_generator(source, per_layer=per_layer)
     quality = _quality(source, generator, shape)

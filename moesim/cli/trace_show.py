@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from moesim.errors import LayoutError, TraceError
 from moesim.model import load_model
 from moesim.routing import RoutingShape, RoutingTrace, describe, open_trace
 
-__all__ = ["model_shape", "page_path", "routing", "routing_tables"]
+__all__ = ["model_shape", "named", "page_path", "routing", "routing_tables"]
 
 _N_LAYERS = 3
 """Most skewed layers that are named."""
@@ -62,10 +63,17 @@ def routing(
     source = open_trace(name, n_experts=shape.n_experts if shape else None)
     if isinstance(source, RoutingTrace):
         source.check()
+        source = named(source, model)
     placements = [one.strip() for one in placement.split(",") if one.strip()]
     if not placements:
         raise LayoutError("names at least one placement", value=placement, place="--placement")
     return describe(source, shape, ep_sizes=_sizes(ep), placements=placements, n_redundant=n_redundant)
+
+
+def named(trace: RoutingTrace, model: str | None) -> RoutingTrace:
+    """The trace under the model's name, where it does not say of which it is."""
+    unnamed = model is not None and trace.model == "unknown"
+    return replace(trace, model=str(model)) if unnamed else trace
 
 
 def _sizes(ep: str | None) -> list[int] | None:

@@ -224,6 +224,16 @@ class TestFitAndSynth:
         assert (made.n_layers, made.n_experts, made.top_k, made.phase) == (6, 64, 4, "decode")
         assert "real," in moesim("fit", "toy.safetensors", "-o", "g.yaml")[1]
 
+    def test_counts_take_the_name_and_top_k_of_the_model(
+        self, moesim: Callable[..., Told], tmp_path: Path
+    ) -> None:
+        counts = np.random.default_rng(0).integers(50, 99, (32, 8))
+        (tmp_path / "counts.json").write_text(json.dumps({"logical_count": counts.tolist()}))
+        code, out, _ = moesim("fit", "counts.json", "-o", "g.yaml", "--model", "mixtral-8x7b", "--json")
+        assert (code, json.loads(out)["name"]) == (0, "fitted to mixtral-8x7b")
+        told = json.loads(moesim("show", "counts.json", "--model", "mixtral-8x7b", "--json")[1])
+        assert (told["name"], told["top_k"]) == ("mixtral-8x7b", 2)
+
     def test_by_name_for_a_model(self, moesim: Callable[..., Told], tmp_path: Path) -> None:
         code, out, _ = moesim(
             "synth", "zipf", "--model", "mixtral-8x7b", "--sequences", "2", "--length", "50", "-o", "s.safetensors",
