@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.routing.mapped import blocks
 from moesim.routing.runs import TokenRuns
 from moesim.routing.trace import RoutingTrace
 
@@ -105,11 +106,13 @@ def _units(trace: RoutingTrace, runs: TokenRuns | None) -> tuple[str, FloatArray
     steps = trace.expert_counts
     if steps is None or steps.shape[0] < 2 * _UNITS_A_WINDOW:
         return None
-    per_step = steps.sum(-1).mean(-1) / (trace.top_k or 1)
+    per_step = np.concatenate([some.sum(-1).mean(-1) for _, some in blocks(steps)]) / (trace.top_k or 1)
 
     def by_label(label: IndexArray, n: int) -> IndexArray:
         total = np.zeros((n, *steps.shape[1:]), dtype=np.int64)
-        np.add.at(total, label, steps)
+        for start, some in blocks(steps):
+            for step, to in zip(some, label[start:], strict=False):
+                total[to] += step
         return total
 
     return "step", np.maximum(per_step, 1e-9), by_label

@@ -97,10 +97,7 @@ class RoutingTrace:
         """Tokens that the trace covers (0 where a count file does not state top_k)."""
         if self.expert_ids is not None:
             return int(self.expert_ids.shape[0])
-        counts = self.expert_counts
-        if counts is None or not self.top_k:
-            return 0
-        return int(counts[:, 0].sum()) // self.top_k
+        return int(self.counts[0].sum()) // self.top_k if self.top_k else 0
 
     @cached_property
     def offsets(self) -> NDArray[np.int64]:
@@ -112,9 +109,11 @@ class RoutingTrace:
     @cached_property
     def counts(self) -> NDArray[np.int64]:
         """Tokens per (layer, expert) over the whole trace: (n_layers, n_experts)."""
-        if self.expert_counts is not None:
-            return np.asarray(self.expert_counts.sum(0), dtype=np.int64)
         total = np.zeros((self.n_layers, self.n_experts), dtype=np.int64)
+        if self.expert_counts is not None:
+            for _, steps in blocks(self.expert_counts):
+                total += steps.sum(0)
+            return total
         for _, block in blocks(np.asanyarray(self.expert_ids)):
             total += count_ids(block, self.n_experts)
         return total
@@ -239,8 +238,8 @@ def _check_counts(t: RoutingTrace, counts: NDArray[np.int64]) -> None:
         raise _refuse("expert_counts", rule, value=counts.shape)
     if counts.dtype.kind not in "ui":
         raise _refuse("expert_counts", "are whole numbers", value=str(counts.dtype), fix="store int64")
-    if counts.min() < 0:
-        raise _refuse("expert_counts", "are not negative", value=int(counts.min()))
+    if (least := min(int(steps.min()) for _, steps in blocks(counts))) < 0:
+        raise _refuse("expert_counts", "are not negative", value=least)
 
 
 def _check_offsets(offsets: NDArray[Any], n_tokens: int) -> None:
