@@ -73,7 +73,10 @@ def _origin(told: Record) -> str:
 def _looked_at(told: Record) -> str:
     looked = told.get("looked_at")
     if not looked:
-        return "Counts only: nothing is known of single tokens, so locality and layers are not shown."
+        return (
+            "Counts only: nothing is known of single tokens. Batches take what tokens share from the generator "
+            "`default`; locality and layers are not shown."
+        )
     if told["synthetic"]:
         return f"Locality, layers and drift are from {looked['tokens']:,} tokens drawn from the generator."
     part = "all" if looked["tokens"] == looked["of"] else f"{looked['tokens']:,} of {looked['of']:,}"
