@@ -16,7 +16,7 @@ def test_zipf_of_a_zipf_load_has_its_exponent(exponent: float) -> None:
 
 
 def test_a_table_names_each_case_once_and_shows_the_largest_errors() -> None:
-    errors = {part: (0.01, -0.02) for part in PARTS}
+    errors = dict.fromkeys(PARTS, (0.01, -0.02))
     worst = dict.fromkeys(PARTS, -0.034)
     rows = [
         Row("toy", "fitted", "as numbered", routing, 8, errors, worst, errors, 0.05, 0.12)
