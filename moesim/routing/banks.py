@@ -76,57 +76,6 @@ def decode_bank(
     return _drawn(rows, u, group_u, keys, order_of, group_order_of, shape, rng)
 
 
-@dataclass(frozen=True, eq=False)
-class Requests:
-    """Which order of the experts each request reads, and where on the circle.
-
-    Parameters
-    ----------
-    order_of : (n_requests,)
-        Order of each request; 0 is the one of all linked requests.
-    centre, group_centre : (n_requests,)
-        Where its tokens start, and where its draws of expert groups do; uniform over the requests of an order.
-    keys, group_keys : (n_layers, n_orders, n_experts) and (n_layers, n_orders, n_groups)
-        Sort keys of the orders.
-    """
-
-    order_of: IndexArray
-    centre: FloatArray
-    group_centre: FloatArray
-    keys: NDArray[np.float32]
-    group_keys: NDArray[np.float32]
-
-    @classmethod
-    def dealt(
-        cls, shape: RoutingShape, source: SyntheticRouting, n_requests: int, rng: np.random.Generator
-    ) -> Requests:
-        """Deal `n_requests` requests, in the order they run, their orders and centres.
-
-        Drift is that linked requests near in time are near on the circle: the experts in favour change slowly.
-        """
-        place = rng.permutation(n_requests)
-        n_linked = round(source.layer_link * n_requests)
-        order_of = np.where(place < n_linked, 0, 1 + (place - n_linked) // _REQUESTS_PER_ORDER)
-        centres = []
-        for _ in range(2):
-            course = np.where(order_of == 0, _course(source, n_requests, rng), rng.random(n_requests))
-            centres.append(_evened(course, order_of, rng))
-        return cls(order_of, centres[0], centres[1], *_keys(shape, int(order_of.max()) + 1, rng))
-
-
-def _course(source: SyntheticRouting, n: int, rng: np.random.Generator) -> FloatArray:
-    """Normal values of which the share `drift_share` changes slowly along the row."""
-    noise = rng.standard_normal((2, n))
-    if source.drift_share == 0:
-        return np.asarray(noise[0])
-    kept = float(np.exp(-1.0 / max(source.drift_sequences, 1e-9)))
-    slow = noise[1] * np.sqrt(1.0 - kept**2)
-    slow[0] = noise[1, 0]
-    for at in range(1, n):
-        slow[at] += kept * slow[at - 1]
-    return np.asarray(np.sqrt(1.0 - source.drift_share) * noise[0] + np.sqrt(source.drift_share) * slow)
-
-
 def prefill_bank(
     inclusion: FloatArray,
     shape: RoutingShape,
@@ -151,79 +100,110 @@ def prefill_bank(
     n_sequences, sequence_length
         Requests, and tokens of each (a multiple of `RUN`).
     """
-    requests = Requests.dealt(shape, source, n_sequences, rng)
-    u, group_u = _starts(shape, source, requests, np.arange(n_sequences), sequence_length, rng)
-    # All requests are here: their starts are evened out, so that the bank's own counts are close to `inclusion`.
-    u = _evened(u, requests.order_of[:, None], rng)
-    group_u = _evened(group_u, requests.order_of[:, None], rng)
-    return _read_off(inclusion, shape, requests, np.arange(n_sequences), u, group_u, rng)
+    requests = Requests.dealt(shape, source, n_sequences, sequence_length, rng)
+    return requests.tokens(inclusion, shape, slice(None), rng)
 
 
-def request_tokens(
-    inclusion: FloatArray,
-    shape: RoutingShape,
-    source: SyntheticRouting,
-    requests: Requests,
-    which: IndexArray,
-    length: int,
-    rng: np.random.Generator,
-) -> IdArray:
-    """Tokens of some of the requests: (top_k, n_layers, n_which * length).
+@dataclass(frozen=True, eq=False)
+class Requests:
+    """Where the tokens of requests start, in the order they run.
 
     Parameters
     ----------
-    inclusion : (n_layers, n_experts)
-        Popularity over all requests.
-    shape, source
-        Model and generator.
-    requests, which
-        All requests, and the ones to draw.
-    length
-        Tokens of each, a multiple of `RUN`.
-    rng
-        Source of randomness.
+    order_of : (n_requests,)
+        Which order of the experts each request reads; 0 is the one of all linked requests.
+    u, group_u : (n_requests, length) and (n_requests, n_runs)
+        Starts of its tokens, and of its draws of expert groups; evenly spread over the requests of an order.
+    keys, group_keys : (n_layers, n_orders, n_experts) and (n_layers, n_orders, n_groups)
+        Sort keys of the orders.
     """
-    u, group_u = _starts(shape, source, requests, which, length, rng)
-    return _read_off(inclusion, shape, requests, which, u, group_u, rng)
+
+    order_of: IndexArray
+    u: FloatArray
+    group_u: FloatArray
+    keys: NDArray[np.float32]
+    group_keys: NDArray[np.float32]
+
+    @classmethod
+    def dealt(
+        cls,
+        shape: RoutingShape,
+        source: SyntheticRouting,
+        n_requests: int,
+        length: int,
+        rng: np.random.Generator,
+    ) -> Requests:
+        """Deal `n_requests` requests of `length` tokens (a multiple of `RUN`) their orders and starts.
+
+        Drift is that linked requests near in time are near on the circle: the experts in favour change slowly.
+        """
+        place = rng.permutation(n_requests)
+        n_linked = round(source.layer_link * n_requests)
+        order_of = np.where(place < n_linked, 0, 1 + (place - n_linked) // _REQUESTS_PER_ORDER)
+        n_runs = length // RUN if _grouped(shape) else 1
+        about = _walks(source, shape, (n_requests, length), rng), _around(source, (n_requests, n_runs), rng)
+        starts = []
+        for offset in about:
+            course = np.where(order_of == 0, _course(source, n_requests, rng), rng.random(n_requests))
+            centre = _evened(course, order_of, rng)[:, None]
+            starts.append(_evened(np.mod(centre + offset, 1.0), order_of[:, None], rng))
+        return cls(order_of, starts[0], starts[1], *_keys(shape, int(order_of.max()) + 1, rng))
+
+    def cut(self, span: int) -> Requests:
+        """The same tokens as shorter requests of `span` tokens (a multiple of `RUN` that divides the length)."""
+        n_spans = self.u.shape[1] // span
+        group_u = self.group_u
+        if group_u.shape[1] == 1:
+            group_u = np.repeat(group_u, n_spans, axis=1)
+        return Requests(
+            np.repeat(self.order_of, n_spans),
+            self.u.reshape(-1, span),
+            group_u.reshape(len(self.u) * n_spans, -1),
+            self.keys,
+            self.group_keys,
+        )
+
+    def tokens(
+        self, inclusion: FloatArray, shape: RoutingShape, which: slice, rng: np.random.Generator
+    ) -> IdArray:
+        """Tokens of some of the requests: (top_k, n_layers, n_which * length).
+
+        Parameters
+        ----------
+        inclusion : (n_layers, n_experts)
+            Popularity over all requests.
+        shape
+            Model.
+        which
+            Requests wanted.
+        rng
+            Source of randomness.
+        """
+        u, group_u = self.u[which], self.group_u[which]
+        n_runs = group_u.shape[1]
+        order_of = np.repeat(self.order_of[which], n_runs)
+        rows = np.repeat(inclusion, group_u.size, axis=0)
+        # The runs of a request are interleaved piece by piece.
+        by_run = np.swapaxes(u.reshape(len(u), -1, n_runs, _PIECE if n_runs > 1 else 1), 1, 2)
+        ids = _drawn(
+            rows, by_run.reshape(group_u.size, -1), group_u.ravel(), (self.keys, self.group_keys), order_of, order_of,
+            shape, rng,
+        )  # fmt: skip
+        ids = ids.reshape(*ids.shape[:2], *by_run.shape)
+        return np.ascontiguousarray(np.swapaxes(ids, 3, 4)).reshape(*ids.shape[:2], -1)
 
 
-def _starts(
-    shape: RoutingShape,
-    source: SyntheticRouting,
-    requests: Requests,
-    which: IndexArray,
-    length: int,
-    rng: np.random.Generator,
-) -> tuple[FloatArray, FloatArray]:
-    """Starts of tokens (n_which, length), and of the draws of groups (n_which, n_runs)."""
-    u = requests.centre[which][:, None] + _walks(source, shape, (which.size, length), rng)
-    n_runs = length // RUN if _grouped(shape) else 1
-    group_u = requests.group_centre[which][:, None] + _around(source, (which.size, n_runs), rng)
-    # a rounded turn may come out as 1
-    return np.minimum(np.mod(u, 1.0), _BELOW_ONE), np.minimum(np.mod(group_u, 1.0), _BELOW_ONE)
-
-
-def _read_off(
-    inclusion: FloatArray,
-    shape: RoutingShape,
-    requests: Requests,
-    which: IndexArray,
-    u: FloatArray,
-    group_u: FloatArray,
-    rng: np.random.Generator,
-) -> IdArray:
-    n_runs = group_u.shape[1]
-    order_of = np.repeat(requests.order_of[which], n_runs)
-    rows = np.repeat(inclusion, group_u.size, axis=0)
-    keys = requests.keys, requests.group_keys
-    # The runs of a request are interleaved piece by piece.
-    pieces = u.reshape(which.size, -1, n_runs, _PIECE if n_runs > 1 else 1)
-    by_run = np.swapaxes(pieces, 1, 2)
-    ids = _drawn(
-        rows, by_run.reshape(group_u.size, -1), group_u.ravel(), keys, order_of, order_of, shape, rng
-    )
-    ids = ids.reshape(*ids.shape[:2], *by_run.shape)
-    return np.ascontiguousarray(np.swapaxes(ids, 3, 4)).reshape(*ids.shape[:2], -1)
+def _course(source: SyntheticRouting, n: int, rng: np.random.Generator) -> FloatArray:
+    """Normal values of which the share `drift_share` changes slowly along the row."""
+    noise = rng.standard_normal((2, n))
+    if source.drift_share == 0:
+        return np.asarray(noise[0])
+    kept = float(np.exp(-1.0 / max(source.drift_sequences, 1e-9)))
+    slow = noise[1] * np.sqrt(1.0 - kept**2)
+    slow[0] = noise[1, 0]
+    for at in range(1, n):
+        slow[at] += kept * slow[at - 1]
+    return np.asarray(np.sqrt(1.0 - source.drift_share) * noise[0] + np.sqrt(source.drift_share) * slow)
 
 
 def _around(source: SyntheticRouting, size: tuple[int, int], rng: np.random.Generator) -> FloatArray:

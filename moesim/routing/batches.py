@@ -152,7 +152,7 @@ def draw_batch(
     if isinstance(source, RoutingTrace) and source.is_token_level:
         planes = _gather_trace(source, shape, trace_positions(source, n_ranks, n_tokens, phase, rng))
     else:
-        phase = "decode" if np.isinf(_generator(source).request_spread) else phase
+        phase = "decode" if _generator(source).is_independent else phase
         bank = _bank(source, shape, phase)
         at = _bank_tokens(bank.shape[-1], n_ranks, n_tokens, phase, rng).ravel()
         planes = np.take(bank, at, axis=-1)

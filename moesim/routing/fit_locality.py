@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.routing.banks import RUN, Requests, decode_bank, request_tokens
+from moesim.routing.banks import RUN, decode_bank, prefill_bank
 from moesim.routing.batches import inclusion
 from moesim.routing.sampling import systematic_draw
 from moesim.routing.synthetic import RoutingShape, SyntheticRouting, spread_layers
@@ -185,9 +185,9 @@ def _active(
 def _active_made(p: FloatArray, shape: RoutingShape, given: dict[str, float], trace: RoutingTrace) -> float:
     source = SyntheticRouting("fit", **given)  # type: ignore[arg-type]
     rng = np.random.default_rng(3)
-    requests, run = Requests.dealt(shape, source, 64, rng), _run(trace.offsets)
+    run = _run(trace.offsets)
     whole = -(-run // RUN) * RUN
-    drawn = request_tokens(p, shape, source, requests, np.arange(64), whole, rng)
+    drawn = prefill_bank(p, shape, source, rng, n_sequences=64, sequence_length=whole)
     tokens = drawn.reshape(shape.top_k, shape.n_layers, 64, whole)[..., :run]
     return _share_active(tokens.transpose(2, 1, 3, 0), shape.n_experts)
 

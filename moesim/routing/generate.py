@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moesim.errors import TraceError
-from moesim.routing.banks import RUN, Requests, request_tokens
+from moesim.routing.banks import RUN, Requests
 from moesim.routing.batches import Phase
 from moesim.routing.synthetic import RoutingShape, SyntheticRouting, cached_popularity
 from moesim.routing.trace import RoutingTrace
@@ -13,6 +13,8 @@ from moesim.routing.trace import RoutingTrace
 __all__ = ["generate_trace"]
 
 _TOKENS_AT_ONCE = 4096
+_SPAN = 1024
+"""Tokens of a long sequence drawn together."""
 
 
 def generate_trace(
@@ -53,17 +55,18 @@ def generate_trace(
         sizes = (n_sequences, sequence_length)
         raise TraceError("a trace has at least one sequence and one token", value=sizes)
     rng = np.random.default_rng([seed, generator.seed, 3])
-    requests = Requests.dealt(shape, generator, n_sequences, rng)
-    whole = -(-sequence_length // RUN) * RUN
-    n_at_once = max(1, _TOKENS_AT_ONCE // whole)
+    span = min(-(-sequence_length // RUN) * RUN, _SPAN)
+    n_spans = -(-sequence_length // span)
+    requests = Requests.dealt(shape, generator, n_sequences, n_spans * span, rng).cut(span)
     small = np.uint8 if shape.n_experts <= 256 else np.uint16
-    ids = np.empty((n_sequences, sequence_length, shape.n_layers, shape.top_k), dtype=small)
+    ids = np.empty((n_sequences * n_spans, span, shape.n_layers, shape.top_k), dtype=small)
     p = cached_popularity(generator, shape)
-    for start in range(0, n_sequences, n_at_once):
-        which = np.arange(start, min(start + n_at_once, n_sequences))
-        drawn = request_tokens(p, shape, generator, requests, which, whole, rng)
-        tokens = drawn.reshape(shape.top_k, shape.n_layers, which.size, whole)[..., :sequence_length]
-        ids[which] = tokens.transpose(2, 3, 1, 0)
+    at_once = max(1, _TOKENS_AT_ONCE // span)
+    for start in range(0, len(ids), at_once):
+        which = slice(start, start + at_once)
+        drawn = requests.tokens(p, shape, which, rng)
+        ids[which] = drawn.reshape(shape.top_k, shape.n_layers, -1, span).transpose(2, 3, 1, 0)
+    ids = ids.reshape(n_sequences, n_spans * span, *ids.shape[2:])[:, :sequence_length]
     return RoutingTrace(
         model=generator.name,
         n_experts=shape.n_experts,

@@ -103,7 +103,8 @@ def arranged(curves: FloatArray, n_experts: int, *, blocks: bool, rng: np.random
         np.put_along_axis(tried, np.argsort(score, axis=-1), load, axis=-1)
         gap = np.zeros(len(load))
         if n_tried > 1:
-            gap = (np.log(block_peaks(tried)[:, : wanted.shape[1]] / wanted) ** 2).sum(-1)
+            peaks = block_peaks(tried)[:, : wanted.shape[1]]
+            gap = (np.log(peaks / wanted[:, : peaks.shape[1]]) ** 2).sum(-1)
         nearer = gap < least
         best[nearer], least[nearer] = tried[nearer], gap[nearer]
     return best

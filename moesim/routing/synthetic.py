@@ -170,6 +170,16 @@ class SyntheticRouting:
                 "unknown order of curves", value=self.curve_order, fix=fix, place="routing.curve_order"
             )
 
+        if len({len(curve.block_peaks) for curve in self.curves}) > 1:
+            numbers = [len(curve.block_peaks) for curve in self.curves]
+            rule = "all curves give as many, or none"
+            raise TraceError(rule, value=numbers, place="routing.curves.block_peaks")
+
+    @property
+    def is_independent(self) -> bool:
+        """Whether tokens of one request have no more in common than any two."""
+        return bool(np.isinf(self.request_spread)) and self.token_keep == 0
+
     @classmethod
     def uniform(cls) -> SyntheticRouting:
         """Every expert equally popular, tokens independent: the best case that no router reaches."""

@@ -70,7 +70,7 @@ def test_locality_of_gpt_oss(shared_data: Path) -> None:
     for phase in ("decode", "prefill"):
         for n_tokens in (16, 64, 256):
             was, now = (batch_figures(source, OSS_SHAPE, n_tokens, phase) for source in (trace, generator))
-            assert now == pytest.approx(was, rel=0.06), (phase, n_tokens)
+            assert now == pytest.approx(was, rel=0.08), (phase, n_tokens)
 
 
 def test_catalog_holds_what_the_fit_gives(shared_data: Path) -> None:

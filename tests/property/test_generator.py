@@ -158,6 +158,16 @@ def test_a_fit_finds_the_locality_that_a_trace_was_made_with():
     assert depends[1] == pytest.approx(depends[0], rel=0.1)
 
 
+def test_one_long_sequence_keeps_what_tokens_in_a_row_share():
+    source = replace(LOCAL, token_keep=0.6, token_step=0.2, request_spread=float("inf"))
+    shape = RoutingShape(4, 32, 4)
+    trace = generate_trace(source, shape, n_sequences=1, sequence_length=5000)
+    found = fit_generator(trace)
+    assert np.isinf(found.request_spread)
+    assert found.token_keep == pytest.approx(0.6, abs=0.08)
+    assert not found.is_independent
+
+
 def test_a_fit_to_independent_tokens_finds_no_requests():
     rng = np.random.default_rng(0)
     ids = np.argsort(rng.random((6000, 3, 16)), axis=-1)[..., :2].astype(np.uint8)
@@ -215,6 +225,10 @@ def test_default_stands_for_models_of_any_size_and_is_no_worse_placed_than_chanc
         (f"curves: {{log_load: [{[0] * 13}], order: random}}", "unknown order of curves"),
         ("curves: {log_loda: []}", "is not a routing description"),
         (f"curves: {{log_load: [{[0] * 13}], index_trend: []}}", "is not a routing description"),
+        (
+            f"curves: {{log_load: [{[0] * 13}, {[0] * 13}], block_peaks: [[1], []]}}",
+            "all curves give as many",
+        ),
         ("parameters: {token_keep: 1.5}", "routing.token_keep: 1.5: is a share, at most 1"),
         ("parameters: {drift_share: -1}", "routing.drift_share: -1: is a finite number"),
     ],
