@@ -178,7 +178,9 @@ def imatrix(folder: Path) -> Recording:
         for part in ("up", "gate", "down"):
             name = f"blk.{layer + 1}.ffn_{part}_exps.weight"
             writer.add_tensor(f"{name}.in_sum2", np.ones((N_EXPERTS, 32), np.float32))
-            writer.add_tensor(f"{name}.counts", counts[layer].astype(np.float32)[:, None])
+            writer.add_tensor(
+                f"{name}.counts", (counts[layer] + (part != "down")).astype(np.float32)[:, None]
+            )
         writer.add_tensor(f"blk.{layer + 1}.attn_q.weight.counts", np.ones((1, 1), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

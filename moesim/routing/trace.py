@@ -26,6 +26,8 @@ _DTYPES = {"U8": "<u1", "U16": "<u2", "I32": "<i4", "I64": "<i8", "F16": "<f2"}
 _ARRAYS = ("expert_ids", "expert_weights", "sequence_offsets", "sequence_domains", "expert_counts")
 _COUNTED_AT_ONCE = 2**16
 """Ids that are counted together [count]: few enough to stay in the cache."""
+_PAIRED_TOP_K = 16
+"""Experts of a token up to which comparing all pairs is faster than sorting."""
 _CHECKED_AT_ONCE = 2**25
 """Ids that opening a file checks [count]; a longer trace is checked at 64 places, and whole by `check`."""
 
@@ -279,16 +281,25 @@ def check_ids(block: NDArray[Any], start: int, n_experts: int) -> None:
         raise _refuse(
             place, f"expert ids lie in 0..{n_experts - 1}", value=value, fix="undo padding and remapping"
         )
-    planes = [np.ascontiguousarray(block[:, :, j]) for j in range(block.shape[2])]
-    twice = np.zeros(block.shape[:2], dtype=bool)
-    for j, later in enumerate(planes):
-        for earlier in planes[:j]:
-            twice |= later == earlier
+    twice = _repeated(block)
     if twice.any():
         token, layer = (int(v) for v in np.argwhere(twice)[0])
         place = f"expert_ids[{start + token}, {layer}]"
         value = block[token, layer].tolist()
         raise _refuse(place, "the experts of one token are distinct", value=value, fix="drop padded tokens")
+
+
+def _repeated(block: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where a token has an expert twice in a layer: (n_tokens, n_layers)."""
+    twice = np.zeros(block.shape[:2], dtype=np.bool_)
+    if block.shape[2] > _PAIRED_TOP_K:
+        ordered = np.sort(block, axis=-1)
+        return np.asarray((ordered[:, :, 1:] == ordered[:, :, :-1]).any(-1))
+    planes = [np.ascontiguousarray(block[:, :, j]) for j in range(block.shape[2])]
+    for j, later in enumerate(planes):
+        for earlier in planes[:j]:
+            twice |= later == earlier
+    return twice
 
 
 def check_weights(block: NDArray[Any], start: int) -> None:

@@ -133,6 +133,13 @@ def test_one_phase_alone(tmp_path, phase, n_tokens):
     assert len(trace.offsets) == 3
 
 
+def test_a_prompt_of_one_token_is_prefill(tmp_path):
+    model = model_of("mixtral")
+    with torch.no_grad(), capture_routing(model, tmp_path / "t.safetensors") as capture:
+        model.generate(torch.tensor([[5]]), max_new_tokens=3, do_sample=False)
+    assert capture.n_tokens == {"prefill": 1, "decode": 2}
+
+
 def test_a_row_ends_with_its_end_token(tmp_path):
     model = model_of("mixtral")
     ids, mask = prompts()

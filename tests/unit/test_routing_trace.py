@@ -244,6 +244,16 @@ def test_a_long_trace_is_sampled_on_opening_and_checked_whole_on_request():
         trace.check()
 
 
+@pytest.mark.parametrize("top_k", [2, 16, 17, 40])
+def test_repeated_experts_are_found_at_any_width(top_k):
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((5, 2, 64)), axis=-1)[..., :top_k].astype(np.uint8)
+    RoutingTrace("toy", 64, top_k, (0, 1), expert_ids=ids).check()
+    ids[3, 1, -1] = ids[3, 1, 0]
+    with pytest.raises(TraceError, match=r"expert_ids\[3, 1\].*distinct"):
+        RoutingTrace("toy", 64, top_k, (0, 1), expert_ids=ids).check()
+
+
 def test_failed_write_leaves_the_old_file(file, monkeypatch):
     before = file.read_bytes()
 
