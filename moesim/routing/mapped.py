@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["blocks", "take_rows"]
+__all__ = ["blocks", "count_ids", "take_rows"]
 
 _BLOCK_IDS = 2**20
+_COUNTED_AT_ONCE = 2**16
+"""Ids that are counted together [count]: few enough to stay in the cache."""
 _PLACES, _PLACE_ROWS = 64, 256
 _ROWS_AT_ONCE = 256
 """Rows taken before pages go back; the kernel maps up to 64 KiB around each."""
@@ -59,6 +61,18 @@ def take_rows(values: NDArray[Any], at: NDArray[np.int64]) -> NDArray[Any]:
         out[some] = values[at[some]]
         _give_back(values)
     return out
+
+
+def count_ids(ids: NDArray[Any], n_experts: int) -> NDArray[np.int64]:
+    """Tokens per (layer, expert), (n_layers, n_experts), of ids (n_tokens, n_layers, top_k)."""
+    n_layers = ids.shape[1]
+    base = (np.arange(n_layers) * n_experts)[None, :, None]
+    total = np.zeros(n_layers * n_experts, dtype=np.int64)
+    step = max(1, _COUNTED_AT_ONCE // max(1, ids[:1].size))
+    for start in range(0, ids.shape[0], step):
+        flat = np.add(ids[start : start + step], base, dtype=np.int64)
+        total += np.bincount(flat.ravel(), minlength=total.size)
+    return total.reshape(n_layers, n_experts)
 
 
 def _mapping(values: NDArray[Any]) -> mmap.mmap | None:

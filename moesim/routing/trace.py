@@ -18,14 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import TraceError
-from moesim.routing.mapped import blocks
+from moesim.routing.mapped import blocks, count_ids
 
 __all__ = ["RoutingTrace", "check_ids", "check_weights", "map_trace", "read_trace"]
 
 _DTYPES = {"U8": "<u1", "U16": "<u2", "I32": "<i4", "I64": "<i8", "F16": "<f2"}
 _ARRAYS = ("expert_ids", "expert_weights", "sequence_offsets", "sequence_domains", "expert_counts")
-_COUNTED_AT_ONCE = 2**16
-"""Ids that are counted together [count]: few enough to stay in the cache."""
 _PAIRED_TOP_K = 16
 """Experts of a token up to which comparing all pairs is faster than sorting."""
 _CHECKED_AT_ONCE = 2**25
@@ -159,18 +157,6 @@ class RoutingTrace:
         if self.expert_weights is not None:
             for start, block in blocks(self.expert_weights, sampled=sampled):
                 check_weights(block, start)
-
-
-def count_ids(ids: NDArray[Any], n_experts: int) -> NDArray[np.int64]:
-    """Tokens per (layer, expert), (n_layers, n_experts), of ids (n_tokens, n_layers, top_k)."""
-    n_layers = ids.shape[1]
-    base = (np.arange(n_layers) * n_experts)[None, :, None]
-    total = np.zeros(n_layers * n_experts, dtype=np.int64)
-    step = max(1, _COUNTED_AT_ONCE // max(1, ids[:1].size))
-    for start in range(0, ids.shape[0], step):
-        flat = np.add(ids[start : start + step], base, dtype=np.int64)
-        total += np.bincount(flat.ravel(), minlength=total.size)
-    return total.reshape(n_layers, n_experts)
 
 
 def _refuse(what: str, rule: str, *, value: object = None, fix: str | None = None) -> TraceError:
