@@ -21,6 +21,8 @@ _COUNTED_AT_ONCE = 2**16
 _PLACES, _PLACE_ROWS = 64, 256
 _ROWS_AT_ONCE = 256
 """Rows taken before pages go back; the kernel maps up to 64 KiB around each."""
+_SMALL_BYTES = 2**25
+"""Mapping that stays resident when rows are taken from all over it: it is no longer than what is held anyway."""
 
 
 def blocks(values: NDArray[Any], *, sampled: bool = False) -> Iterator[tuple[int, NDArray[Any]]]:
@@ -52,7 +54,8 @@ def blocks(values: NDArray[Any], *, sampled: bool = False) -> Iterator[tuple[int
 
 def take_rows(values: NDArray[Any], at: NDArray[np.int64]) -> NDArray[Any]:
     """Rows `at` (n) of an array (n_rows, ...), in that order, as an array in memory."""
-    if _mapping(values) is None or at.size <= _ROWS_AT_ONCE:
+    mapping = _mapping(values)
+    if mapping is None or len(mapping) <= _SMALL_BYTES or at.size <= _ROWS_AT_ONCE:
         return np.asarray(values[at])
     order = np.argsort(at, kind="stable")
     out = np.empty((at.size, *values.shape[1:]), dtype=values.dtype)

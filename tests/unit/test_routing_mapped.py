@@ -71,14 +71,17 @@ def test_sampled_blocks_reach_both_ends(tmp_path):
 
 
 @pytest.mark.parametrize("n", [10, 3000])
-def test_rows_come_in_the_order_asked(tmp_path, n):
+@pytest.mark.parametrize("small_bytes", [0, 2**25])
+def test_rows_come_in_the_order_asked(tmp_path, monkeypatch, n, small_bytes):
+    monkeypatch.setattr("moesim.routing.mapped._SMALL_BYTES", small_bytes)
     values = np.random.default_rng(0).integers(0, 200, (5000, 3, 2)).astype(np.uint16)
     at = np.random.default_rng(1).integers(0, 5000, n)
     assert np.array_equal(take_rows(mapped(tmp_path / "values", values), at), values[at])
     assert np.array_equal(take_rows(values, at), values[at])
 
 
-def test_a_mapping_that_can_be_written_to_keeps_what_was_written(tmp_path):
+def test_a_mapping_that_can_be_written_to_keeps_what_was_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("moesim.routing.mapped._SMALL_BYTES", 0)
     np.zeros((4096, 4, 4), np.uint8).tofile(tmp_path / "values")
     values = np.memmap(tmp_path / "values", dtype=np.uint8, mode="c", shape=(4096, 4, 4))
     values[:] = 7
