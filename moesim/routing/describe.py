@@ -67,7 +67,7 @@ def describe(
         a trace's own otherwise.
     ep_sizes
         Ranks of the groups that ``balance`` is shown for; those of 8, 16, 32 and 64 that divide the expert
-        slots where None.
+        slots where None, or others that do.
     placements
         Placements by name (:data:`moesim.routing.PLACEMENTS`) or file.
     n_redundant
@@ -114,7 +114,7 @@ def describe(
         for ep in _EP_SIZES
         if shape.n_experts % ep == 0
     }
-    sizes = ep_sizes or [ep for ep in _EP_SIZES if (shape.n_experts + n_redundant) % ep == 0]
+    sizes = ep_sizes or _usual_sizes(shape.n_experts + n_redundant)
     phase: Phase = "prefill" if source.phase == "prefill" else "decode"
     out["balance"] = balance(
         source, shape, ep_sizes=sizes, placements=placements, n_redundant=n_redundant, phase=phase, seed=seed
@@ -127,6 +127,12 @@ def describe(
     out["domains"] = _domains(tokens, runs, seed)
     out["known"] = compared_with_known(_own_figures(out, load))
     return out
+
+
+def _usual_sizes(n_slots: int) -> list[int]:
+    """Usual group sizes that divide the slots; where none does, the four largest up to 64 that do."""
+    usual = [ep for ep in _EP_SIZES if n_slots % ep == 0]
+    return usual or [ep for ep in range(2, 65) if n_slots % ep == 0][-4:]
 
 
 def runs_load(runs: TokenRuns) -> FloatArray:

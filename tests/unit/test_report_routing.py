@@ -70,8 +70,8 @@ def test_names_are_text(tmp_path, told):
 
 
 def test_counts_alone_leave_sections_out(tmp_path):
-    counts = np.random.default_rng(0).integers(1, 99, (1, 3, 12))
-    told = describe(RoutingTrace("counts", 12, 2, (3, 4, 5), expert_counts=counts))
+    counts = np.random.default_rng(0).integers(1, 99, (1, 3, 67))
+    told = describe(RoutingTrace("counts", 67, 2, (3, 4, 5), expert_counts=counts))
     page = write_routing_report(tmp_path / "page.html", told).read_text()
     assert re.findall(r'<section id="(\w+)">', page) == ["load", "batch", "known"]
     assert "Counts only" in page

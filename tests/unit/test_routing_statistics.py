@@ -35,7 +35,7 @@ def choices(n_tokens, n_layers, n_experts, top_k, seed=0, weights=None):
     keys = rng.gumbel(size=(n_tokens, n_layers, n_experts))
     if weights is not None:
         keys = keys + np.log(weights)
-    return np.argsort(-keys, axis=-1)[..., :top_k].astype(np.uint8)
+    return np.argsort(-keys, axis=-1)[..., :top_k].astype(np.uint16)
 
 
 def made(ids, n_experts, sequence=100, **more):
@@ -328,6 +328,22 @@ def test_description_of_a_trace_is_json_and_complete():
     assert found["even"]["gini"] < 0.05 < found["gini"]["median"]
     assert {row["ep"] for row in found["balance"]} == {8, 16}
     assert found["domains"] is None
+
+
+@pytest.mark.parametrize(
+    ("n_experts", "sizes"), [(60, [15, 20, 30, 60]), (256, [8, 16, 32, 64]), (7, [7]), (127, [])]
+)
+def test_groups_are_of_sizes_that_divide_the_experts(n_experts, sizes):
+    counts = np.full((1, 2, n_experts), 10)
+    found = describe(RoutingTrace("toy", n_experts, 2, (0, 1), expert_counts=counts), placements=["eplb"])
+    assert [row["ep"] for row in found["balance"]] == sizes
+
+
+@pytest.mark.parametrize("size", [(1, 1, 4, 2), (1, 3, 1, 1), (2, 2, 8, 8), (7, 4, 8, 2), (40, 2, 300, 2)])
+def test_the_smallest_traces_are_described(size):
+    found = describe(made(choices(*size).astype(np.uint16), size[2], 1))
+    json.dumps(found)
+    assert found["n_tokens"] == size[0]
 
 
 def test_counts_alone_show_no_single_tokens():
