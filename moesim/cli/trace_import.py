@@ -3,75 +3,120 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moesim.cli.show import console
 from moesim.errors import TraceError
-from moesim.model import load_model
-from moesim.routing import RoutingTrace, open_trace, read_npz, read_sglang_counts, write_trace
+from moesim.model import ModelSpec, load_model
+from moesim.routing import RoutingTrace, read_trace, write_trace
+from moesim.routing.importers import Incoming, Told, incoming_routing, written
 
-__all__ = ["import_line", "imported"]
+__all__ = ["facts", "import_line", "imported", "trace_file"]
 
 
-def imported(source: Path, output: Path, format_: str, model: str | None) -> dict[str, Any]:
-    """Read routing of another tool and write it as a trace.
+def trace_file(output: Path) -> Path:
+    """Refuse a target that cannot become a trace, before any work is done for it.
 
     Raises
     ------
     TraceError
-        If the format is unknown, or the file breaks a rule.
+        If it is no .safetensors file, or its folder does not exist.
     """
-    if not source.is_file():
-        raise TraceError("there is no such file", value=str(source))
     if output.suffix != ".safetensors":
-        raise TraceError(
-            "a trace is a .safetensors file", value=str(output), fix=f"{output.stem}.safetensors"
-        )
+        fix = str(output.with_suffix(".safetensors")) if output.name else "trace.safetensors"
+        raise TraceError("a trace is a .safetensors file", value=str(output), place="--output", fix=fix)
+    if output.is_dir():
+        raise TraceError("is a folder", value=str(output), place="--output", fix="add the name of a file")
+    if not output.resolve().parent.is_dir():
+        rule = "its folder does not exist"
+        raise TraceError(rule, value=str(output), place="--output", fix="make the folder")
+    return output
+
+
+def imported(
+    source: str, output: Path, format_: str, model: str | None, top_k: int | None = None
+) -> dict[str, Any]:
+    """Read routing of another program and write it as a trace, in bounded memory.
+
+    Raises
+    ------
+    TraceError
+        If the format is unknown, or the file breaks a rule; nothing is written then.
+    """
+    trace_file(output)
     spec = load_model(model) if model else None
-    moe = spec.moe if spec else None
-    if format_ == "auto":
-        trace = open_trace(source, n_experts=moe.n_experts if moe else None)
-    elif format_ == "sglang":
-        trace = read_sglang_counts(source, model=model or "unknown", top_k=moe.top_k if moe else None)
-    elif format_ == "npz":
-        trace = read_npz(source, model=model or "unknown", n_experts=moe.n_experts if moe else None)
+    one = incoming_routing(source, format_, told=_told(spec, model, top_k), load=_load_torch)
+    if spec is not None:
+        _check_model(one, spec, source)
+    if isinstance(one, RoutingTrace):
+        one.check()
+        write_trace(one, output)
     else:
-        raise TraceError("is no known format", value=format_, place="--format", fix="auto, sglang or npz")
-    if not isinstance(trace, RoutingTrace):
-        raise TraceError(
-            "is a generator, not a recording", value=str(source), fix="use it as routing.trace as it is"
-        )
-    if spec is not None and moe is not None:
-        if trace.n_experts != moe.n_experts:
-            raise TraceError(
-                f"{spec.name} has {moe.n_experts} experts", value=trace.n_experts, place=str(source)
-            )
-        if trace.is_token_level and trace.n_layers != len(spec.moe_layers):
-            raise TraceError(
-                f"{spec.name} has {len(spec.moe_layers)} MoE layers",
-                value=trace.n_layers,
-                place=str(source),
-                fix="name the model that was recorded",
-            )
-        trace = replace(trace, model=spec.name, top_k=moe.top_k if trace.top_k is None else trace.top_k)
-    trace.check()
-    write_trace(trace, output)
+        written(one, output, model=spec.name if spec else "unknown")
+    return facts(output)
+
+
+def facts(output: Path) -> dict[str, Any]:
+    """What a trace that was just written holds."""
+    trace = read_trace(output)
     return {
-        "output": str(output), "model": trace.model, "n_experts": trace.n_experts, "top_k": trace.top_k,
-        "n_layers": trace.n_layers, "n_tokens": trace.n_tokens, "token_level": trace.is_token_level,
+        "output": str(output), "source": trace.source, "model": trace.model, "n_experts": trace.n_experts,
+        "top_k": trace.top_k, "n_layers": trace.n_layers, "n_tokens": trace.n_tokens,
+        "n_sequences": None if trace.sequence_offsets is None else len(trace.sequence_offsets) - 1,
+        "token_level": trace.is_token_level, "weights": trace.expert_weights is not None,
         "phase": trace.phase, "notes": list(trace.notes),
     }  # fmt: skip
 
 
+def _told(spec: ModelSpec | None, model: str | None, top_k: int | None) -> Told:
+    if spec is None:
+        return Told(top_k=top_k)
+    moe = spec.moe
+    if moe is None:
+        raise TraceError("is a dense model and has no router", value=model, place="--model")
+    if top_k not in (None, moe.top_k):
+        raise TraceError(
+            f"{spec.name} has top_k={moe.top_k}", value=top_k, place="--top-k", fix="leave it out"
+        )
+    return Told(n_experts=moe.n_experts, top_k=moe.top_k, layer_ids=tuple(spec.moe_layers), router=moe)
+
+
+def _check_model(one: Incoming | RoutingTrace, spec: ModelSpec, source: str) -> None:
+    moe = spec.moe
+    if moe is None:
+        return
+    if one.n_experts is not None and one.n_experts != moe.n_experts:
+        raise TraceError(f"{spec.name} has {moe.n_experts} experts", value=one.n_experts, place=source)
+    if one.top_k is not None and one.top_k != moe.top_k:
+        raise TraceError(f"{spec.name} has top_k={moe.top_k}", value=one.top_k, place=source)
+    token_level = one.is_token_level if isinstance(one, RoutingTrace) else one.tokens is not None
+    if token_level and len(one.layer_ids) != len(spec.moe_layers):
+        raise TraceError(
+            f"{spec.name} has {len(spec.moe_layers)} MoE layers",
+            value=len(one.layer_ids),
+            place=source,
+            fix="name the model that was recorded",
+        )
+
+
+def _load_torch(path: Path) -> Any:
+    from calibrate.routing.torch_files import load_plain
+
+    return load_plain(path)
+
+
 def import_line(told: Mapping[str, Any]) -> None:
-    """What was written."""
+    """What was written, and what was met on the way."""
     out = console()
     kind = f"{told['n_tokens']:,} tokens" if told["token_level"] else "counts"
+    if told["n_sequences"]:
+        kind += f" in {told['n_sequences']:,} sequences"
     out.print(
         f"{told['output']}: {told['model']}, {told['n_layers']} layers x {told['n_experts']} experts, {kind}",
         highlight=False,
     )
     for note in told["notes"]:
-        out.print(f"Note: {note}", highlight=False)
+        warning = note.startswith("warning: ")
+        text = f"Warning: {note.removeprefix('warning: ')}" if warning else f"Note: {note}"
+        out.print(text, highlight=False, markup=False)

@@ -1,14 +1,25 @@
 """Routing: which experts tokens choose, where those experts are, and what that loads.
 
-Traces of real routers or generators fitted to them (`open_trace`, `catalog_routing`, `default_routing`)
+Traces of real routers or generators fitted to them (`open_trace`, `fit_generator`, `default_routing`)
 give batches (`draw_batch`); a `Placement` turns them into tokens per slot and traffic (`count_batch`,
 `load_points`).
 """
 
+from moesim.routing.balance import PLACEMENTS
 from moesim.routing.batches import Phase, RoutingSource, draw_batch, inclusion
-from moesim.routing.catalog import catalog_names, catalog_routing, default_routing
+from moesim.routing.catalog import (
+    catalog_names,
+    catalog_routing,
+    default_routing,
+    read_generator,
+    write_generator,
+)
 from moesim.routing.describe import describe
+from moesim.routing.drawn import draw_trace
+from moesim.routing.fit_generator import fit_generator
+from moesim.routing.generate import generate_trace
 from moesim.routing.importers import open_trace, read_npz, read_sglang_counts
+from moesim.routing.known import known_models
 from moesim.routing.load import (
     EXCHANGE_KINDS,
     BatchCount,
@@ -18,23 +29,29 @@ from moesim.routing.load import (
     count_batch,
     exchange_counts,
 )
+from moesim.routing.load_curves import LoadCurve
 from moesim.routing.placement import Placement, balanced, contiguous, eplb, read_placement, round_robin
 from moesim.routing.points import BatchLoad, load_points, load_traffic
 from moesim.routing.synthetic import RoutingShape, SyntheticRouting, popularity
-from moesim.routing.trace import RoutingTrace, read_trace, write_trace
+from moesim.routing.trace import RoutingTrace, read_trace
+from moesim.routing.writing import TraceHeader, TraceWriter, write_trace
 
 __all__ = [
     "EXCHANGE_KINDS",
+    "PLACEMENTS",
     "BatchCount",
     "BatchLoad",
     "Exchange",
     "ExchangeKind",
+    "LoadCurve",
     "Phase",
     "Placement",
     "RoutingShape",
     "RoutingSource",
     "RoutingTrace",
     "SyntheticRouting",
+    "TraceHeader",
+    "TraceWriter",
     "Traffic",
     "balanced",
     "catalog_names",
@@ -44,17 +61,23 @@ __all__ = [
     "default_routing",
     "describe",
     "draw_batch",
+    "draw_trace",
     "eplb",
     "exchange_counts",
+    "fit_generator",
+    "generate_trace",
     "inclusion",
+    "known_models",
     "load_points",
     "load_traffic",
     "open_trace",
     "popularity",
+    "read_generator",
     "read_npz",
     "read_placement",
     "read_sglang_counts",
     "read_trace",
     "round_robin",
+    "write_generator",
     "write_trace",
 ]

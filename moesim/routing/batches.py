@@ -14,18 +14,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import TraceError
+from moesim.routing.banks import decode_bank, prefill_bank
 from moesim.routing.catalog import default_routing
+from moesim.routing.mapped import take_rows
 from moesim.routing.sampling import inclusion_probabilities
 from moesim.routing.synthetic import (
     RoutingShape,
     SyntheticRouting,
     cached_popularity,
-    decode_bank,
-    prefill_bank,
+    spread_layers,
 )
 from moesim.routing.trace import RoutingTrace
 
-__all__ = ["Phase", "RoutingSource", "draw_batch", "inclusion", "layer_map"]
+__all__ = [
+    "REQUEST_TOKENS",
+    "Phase",
+    "RoutingSource",
+    "draw_batch",
+    "inclusion",
+    "layer_map",
+    "trace_positions",
+]
 
 FloatArray = NDArray[np.float64]
 IdArray = NDArray[np.uint16]
@@ -34,8 +43,12 @@ RoutingSource = RoutingTrace | SyntheticRouting
 Phase = Literal["decode", "prefill"]
 
 BANK_TOKENS = 4096
-"""Tokens in a bank: enough that its own noise is below that of any batch drawn from it."""
+"""Tokens in a decode bank: enough that its own noise is below that of any batch drawn from it."""
 _BANK_SEQUENCES = 64
+REQUEST_TOKENS = 512
+"""Tokens of a request in prefill; a rank that holds more holds several requests."""
+_TOKENS_DRAWN, _GROUPED_TOKENS_DRAWN = 128, 64
+"""Of these, how many are drawn (fewer with group-limited routing, which takes longer); then they come again."""
 
 
 def layer_map(trace: RoutingTrace, n_layers: int) -> IndexArray:
@@ -44,9 +57,7 @@ def layer_map(trace: RoutingTrace, n_layers: int) -> IndexArray:
     The trace's own where the numbers agree; evenly spaced ones for a shallower model; cycled for a
     deeper one.
     """
-    if n_layers <= trace.n_layers:
-        return (np.arange(n_layers) * trace.n_layers) // n_layers
-    return np.arange(n_layers) % trace.n_layers
+    return spread_layers(trace.n_layers, n_layers)
 
 
 def check_fits(source: RoutingSource, shape: RoutingShape) -> None:
@@ -139,8 +150,9 @@ def draw_batch(
     if n_ranks < 1 or n_tokens < 1:
         raise TraceError("a batch has at least one rank and one token", value=(n_ranks, n_tokens))
     if isinstance(source, RoutingTrace) and source.is_token_level:
-        planes = _gather_trace(source, shape, _trace_tokens(source, n_ranks, n_tokens, phase, rng))
+        planes = _gather_trace(source, shape, trace_positions(source, n_ranks, n_tokens, phase, rng))
     else:
+        phase = "decode" if _generator(source).is_independent else phase
         bank = _bank(source, shape, phase)
         at = _bank_tokens(bank.shape[-1], n_ranks, n_tokens, phase, rng).ravel()
         planes = np.take(bank, at, axis=-1)
@@ -148,15 +160,20 @@ def draw_batch(
     return np.moveaxis(planes, 0, -1)
 
 
+def _generator(source: RoutingSource) -> SyntheticRouting:
+    """What draws a source's tokens: counts have the locality of `default`."""
+    return source if isinstance(source, SyntheticRouting) else default_routing()
+
+
 @lru_cache(maxsize=8)
 def _bank(source: RoutingSource, shape: RoutingShape, phase: Phase) -> IdArray:
-    """Bank of tokens (top_k, n_layers, BANK_TOKENS) of a generator or of a counts-only trace."""
-    generator = source if isinstance(source, SyntheticRouting) else default_routing()
+    """Bank of tokens (top_k, n_layers, n_tokens) of a generator or of a counts-only trace."""
+    generator = _generator(source)
     rng = np.random.default_rng([generator.seed, 2])
     p = np.asarray(inclusion(source, shape))
     if phase == "decode":
         return decode_bank(p, shape, generator, rng, n_tokens=BANK_TOKENS)
-    length = BANK_TOKENS // _BANK_SEQUENCES
+    length = _TOKENS_DRAWN if shape.n_groups == shape.n_top_groups else _GROUPED_TOKENS_DRAWN
     return prefill_bank(p, shape, generator, rng, n_sequences=_BANK_SEQUENCES, sequence_length=length)
 
 
@@ -165,17 +182,18 @@ def _bank_tokens(
 ) -> IndexArray:
     if phase == "decode":
         return rng.integers(0, n_bank, (n_ranks, n_tokens))
-    # Whole sequences, each rank with a random order of its own, wrapping where a rank holds more than all.
+    # Whole requests, each rank with a random order of its own, wrapping where a rank holds more than all.
     length = n_bank // _BANK_SEQUENCES
-    n_runs = -(-n_tokens // length)
+    n_runs = -(-n_tokens // REQUEST_TOKENS)
     n_orders = -(-n_runs // _BANK_SEQUENCES)
     keys = rng.random((n_ranks, n_orders, _BANK_SEQUENCES))
     order = np.argsort(keys, axis=-1).reshape(n_ranks, -1)[:, :n_runs]
-    at = (order * length)[:, :, None] + np.arange(length)
+    passes = np.arange(REQUEST_TOKENS) % length
+    at = (order * length)[:, :, None] + passes
     return at.reshape(n_ranks, -1)[:, :n_tokens]
 
 
-def _trace_tokens(
+def trace_positions(
     trace: RoutingTrace, n_ranks: int, n_tokens: int, phase: Phase, rng: np.random.Generator
 ) -> IndexArray:
     """Index in the trace of each token of each rank: (n_ranks, n_tokens).
@@ -221,7 +239,7 @@ def _gather_trace(trace: RoutingTrace, shape: RoutingShape, at: IndexArray) -> I
     if ids is None:  # pragma: no cover - callers ask token-level traces only
         raise TraceError("the trace has no single tokens", value=trace.model)
     flat = at.ravel()
-    tokens = np.asarray(ids[flat], dtype=np.uint16)
+    tokens = take_rows(ids, flat).astype(np.uint16)
     planes = np.ascontiguousarray(tokens.transpose(2, 1, 0))
     layers = layer_map(trace, shape.n_layers)
     if shape.n_layers != trace.n_layers:

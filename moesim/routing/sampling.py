@@ -121,7 +121,8 @@ def group_limited_draw(
     n_top_groups: int,
     rng: np.random.Generator,
     *,
-    n_alike: int = 1,
+    group_u: FloatArray,
+    group_keys: NDArray[np.float32] | None = None,
     keys: NDArray[np.float32] | None = None,
 ) -> IdArray:
     """Draw as :func:`systematic_draw`, with all experts of a row's tokens in `n_top_groups` groups.
@@ -142,9 +143,10 @@ def group_limited_draw(
         Groups of consecutive experts, and how many of them a token may use (DeepSeek-V3: 8 and 4).
     rng
         Source of randomness.
-    n_alike
-        Consecutive rows with the same inclusion; their groups are drawn together, so that few rows
-        already use each group its share of times.
+    group_u : (n_rows,)
+        Starts of the draw of groups, uniform at the margin; near starts share groups where keys are shared.
+    group_keys : (n_rows, n_groups), optional
+        As `keys`, of the groups.
     keys : (n_rows, n_experts), optional
         As in :func:`systematic_draw`.
     """
@@ -154,9 +156,7 @@ def group_limited_draw(
     # A group is met at least as often as its busiest expert.
     need = np.maximum(by_group.sum(-1) * (n_top_groups / n_drawn), by_group.max(-1) * 1.02)
     p_group = inclusion_probabilities(need, n_top_groups)
-    strata = (np.arange(n_alike) + rng.random((n_rows // n_alike, n_alike))) / n_alike
-    starts = rng.permuted(strata, axis=-1)
-    chosen = systematic_draw(p_group[::n_alike], starts, n_top_groups, rng).reshape(n_rows, n_top_groups)
+    chosen = systematic_draw(p_group, group_u[:, None], n_top_groups, rng, group_keys)[:, 0]
     rows = np.arange(n_rows)[:, None]
     within = by_group[rows, chosen] / p_group[rows, chosen][:, :, None]
     within = inclusion_probabilities(within.reshape(n_rows, -1), n_drawn)

@@ -1,9 +1,9 @@
 """Synthetic routing: a generator whose few parameters are fitted to what real routers did.
 
-Three things decide a layout, and each has its parameter: how unequal the experts of a layer are
-(`log_sigma`, over layers with `log_sigma_spread`), how much one request prefers its own experts
-(`request_sigma`), and how much a token keeps of its predecessor's (`token_step`). Load is exact at the
-margin: averaged over requests each expert gets precisely its popularity.
+Three things decide a layout, and each has its parameter: how unequal the experts of a layer are, and where they
+stand (`curves`, or a log-normal's `log_sigma`), how much one request prefers its own experts (`request_spread`),
+and how much a token keeps of its predecessor's (`token_keep`). Load is exact at the margin: averaged over
+requests each expert gets precisely its popularity.
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import TraceError
-from moesim.routing.sampling import group_limited_draw, inclusion_probabilities, systematic_draw
+from moesim.routing.load_curves import LoadCurve, arranged, between_rows, table
+from moesim.routing.sampling import inclusion_probabilities
 
-__all__ = ["RoutingShape", "SyntheticRouting", "decode_bank", "popularity", "prefill_bank"]
+__all__ = ["RoutingShape", "SyntheticRouting", "popularity"]
 
 FloatArray = NDArray[np.float64]
-IdArray = NDArray[np.uint16]
 
-_DECODE_CHUNK = 64  # tokens that share one order of the experts; their starts are stratified
-_GROUP_CHUNK = 16  # the same where tokens of a chunk also share their expert groups
-_GROUP_STRATA = 32  # chunks whose groups are drawn together
 _LARGEST_SKEW = 0.3
 
 
@@ -72,26 +69,44 @@ class SyntheticRouting:
     name
         Catalog name, or ``uniform`` or ``zipf``.
     kind
-        ``fitted``: log-normal popularity per layer; ``zipf``: popularity of rank r as r**-`zipf_exponent`,
-        in random order per layer; ``uniform``: every expert the same and tokens independent.
+        ``fitted``: popularity by `curves`, or log-normal where there are none; ``zipf``: popularity of rank r as
+        r**-`zipf_exponent`, in random order per layer; ``uniform``: all the same and tokens independent.
     phase
         Phase that the figures were fitted on; ``mixed`` for either.
+    curves
+        Popularity of layers as curves, each from the idlest to the busiest expert.
+    curve_order
+        ``skew``: the curves stand for any layers, from the least to the most uneven, and a model's layers are
+        dealt shares of that range; ``depth``: one curve per layer, the first first. A shallower model then
+        takes evenly spaced ones, a deeper one cycles.
+    curve_experts
+        Experts per layer that the curves were fitted on; only for that many do their block peaks hold.
+    keep_index
+        Whether experts stand where the curves' trend over the index puts them; else in random order.
     log_sigma, log_sigma_spread
-        Standard deviation of an expert's log popularity in a layer: median over layers, and the standard
-        deviation over layers of its logarithm.
+        Without curves: standard deviation of an expert's log popularity in a layer: median over layers, and
+        the standard deviation over layers of its logarithm.
     log_skew
         Weight of a quadratic term in log popularity, in -0.3..0.3: above 0 the busiest experts stand out
         more than log-normal ones, below 0 less.
-    request_sigma
-        Standard deviation of the log preference of one request for an expert.
-    request_skew
-        The same quadratic term for a request's preferences.
+    request_spread
+        Standard deviation of where a request's tokens start on the circle from which experts are read off, in
+        turns of it: near 0 a request has few experts to itself, infinity makes its tokens independent.
+    request_stray
+        Share of a request's tokens that start anywhere.
+    token_keep
+        Share of tokens that start where their predecessor did, but for the step.
     token_step
-        Scale of the random step between consecutive tokens of a request, in mean inclusions (top_k /
-        n_experts): 0 keeps all experts of the predecessor, infinity none but by chance.
+        Scale of a token's own random step, in mean inclusions (top_k / n_experts): 0 lets a token that keeps
+        its start keep all experts.
     layer_link
-        Share of tokens whose choices in all layers hang together: where one expert in a layer tells
-        much about the next layer's.
+        Share of requests (in decode, of tokens) that read all layers off the same circles, so that one expert
+        in a layer tells much about the next layer's.
+    drift_share
+        Share of the variance of where linked requests stand on the circle that changes slowly from one to the
+        next, so that the experts in favour drift: only :func:`moesim.routing.generate_trace` has a course of time.
+    drift_sequences
+        Sequences after which that slow part has lost all but 1/e of what it was.
     zipf_exponent
         Exponent of ``zipf``.
     seed
@@ -106,12 +121,19 @@ class SyntheticRouting:
     log_sigma: float = 0.6
     log_sigma_spread: float = 0.15
     log_skew: float = 0.0
-    request_sigma: float = 0.6
-    request_skew: float = 0.0
-    token_step: float = 1.0
+    request_spread: float = 0.1
+    request_stray: float = 0.1
+    token_keep: float = 0.5
+    token_step: float = 0.5
     layer_link: float = 0.0
+    drift_share: float = 0.0
+    drift_sequences: float = 16.0
     zipf_exponent: float = 1.0
     seed: int = 0
+    curves: tuple[LoadCurve, ...] = ()
+    curve_order: Literal["skew", "depth"] = "skew"
+    curve_experts: int = 0
+    keep_index: bool = True
     provenance: str = "asked for by the user"
 
     def __post_init__(self) -> None:
@@ -123,32 +145,50 @@ class SyntheticRouting:
         for name in (
             "log_sigma",
             "log_sigma_spread",
-            "request_sigma",
+            "request_spread",
+            "request_stray",
+            "token_keep",
             "token_step",
             "layer_link",
+            "drift_share",
+            "drift_sequences",
             "zipf_exponent",
         ):
             value = getattr(self, name)
-            if not value >= 0 or (np.isinf(value) and name != "token_step"):
+            if not value >= 0 or (np.isinf(value) and name != "request_spread"):
                 raise TraceError("is a finite number, 0 or more", value=value, place=f"routing.{name}")
 
-        for name in ("log_skew", "request_skew"):
-            if not abs(getattr(self, name)) <= _LARGEST_SKEW:
-                rule = f"lies within -{_LARGEST_SKEW}..{_LARGEST_SKEW}"
-                raise TraceError(rule, value=getattr(self, name), place=f"routing.{name}")
+        if not abs(self.log_skew) <= _LARGEST_SKEW:
+            rule = f"lies within -{_LARGEST_SKEW}..{_LARGEST_SKEW}"
+            raise TraceError(rule, value=self.log_skew, place="routing.log_skew")
+        for name in ("request_stray", "token_keep", "layer_link", "drift_share"):
+            if getattr(self, name) > 1:
+                raise TraceError("is a share, at most 1", value=getattr(self, name), place=f"routing.{name}")
+        if self.curve_order not in ("skew", "depth"):
+            fix = "one of skew, depth"
+            raise TraceError(
+                "unknown order of curves", value=self.curve_order, fix=fix, place="routing.curve_order"
+            )
 
-        if self.layer_link > 1:
-            raise TraceError("is a share, at most 1", value=self.layer_link, place="routing.layer_link")
+        if len({len(curve.block_peaks) for curve in self.curves}) > 1:
+            numbers = [len(curve.block_peaks) for curve in self.curves]
+            rule = "all curves give as many, or none"
+            raise TraceError(rule, value=numbers, place="routing.curves.block_peaks")
+
+    @property
+    def is_independent(self) -> bool:
+        """Whether tokens of one request have no more in common than any two."""
+        return bool(np.isinf(self.request_spread)) and self.token_keep == 0
 
     @classmethod
     def uniform(cls) -> SyntheticRouting:
         """Every expert equally popular, tokens independent: the best case that no router reaches."""
-        return cls(name="uniform", kind="uniform", request_sigma=0.0, token_step=np.inf)
+        return cls(name="uniform", kind="uniform", request_spread=np.inf, token_keep=0.0)
 
     @classmethod
     def zipf(cls, exponent: float = 1.0) -> SyntheticRouting:
         """Zipf popularity without locality, as simpler simulators assume it."""
-        return cls(name="zipf", kind="zipf", zipf_exponent=exponent, request_sigma=0.0, token_step=np.inf)
+        return cls(name="zipf", kind="zipf", zipf_exponent=exponent, request_spread=np.inf, token_keep=0.0)
 
 
 def popularity(source: SyntheticRouting, shape: RoutingShape) -> FloatArray:
@@ -163,7 +203,8 @@ def popularity(source: SyntheticRouting, shape: RoutingShape) -> FloatArray:
 
     Notes
     -----
-    Layers are independent; a layer's popularity does not change when layers are added behind it.
+    Of `curves`, expert i of E has the load at share (i + 1/2) / E, whatever E they were fitted on; loads are
+    scaled to top_k and capped at 1.
     """
     size = (shape.n_layers, shape.n_experts)
     rng = np.random.default_rng([source.seed, shape.n_experts, shape.top_k, 1])
@@ -172,6 +213,8 @@ def popularity(source: SyntheticRouting, shape: RoutingShape) -> FloatArray:
     elif source.kind == "zipf":
         order = np.argsort(rng.random(size), axis=-1)
         weights = np.asarray((order + 1.0) ** -source.zipf_exponent, dtype=np.float64)
+    elif source.curves:
+        weights = _by_curves(source, shape, rng)
     else:
         noise = rng.standard_normal((shape.n_layers, shape.n_experts + 1))
         sigma = source.log_sigma * np.exp(source.log_sigma_spread * noise[:, :1])
@@ -179,137 +222,28 @@ def popularity(source: SyntheticRouting, shape: RoutingShape) -> FloatArray:
     return inclusion_probabilities(weights, shape.top_k)
 
 
+def _by_curves(source: SyntheticRouting, shape: RoutingShape, rng: np.random.Generator) -> FloatArray:
+    n_rows = len(source.curves)
+    if source.curve_order == "depth":
+        rows = table(source.curves)[spread_layers(n_rows, shape.n_layers)]
+    else:
+        dealt = (rng.permutation(shape.n_layers) + 0.5) / shape.n_layers
+        rows = between_rows(source.curves, dealt)
+    if not source.keep_index:
+        return rng.permuted(arranged(rows, shape.n_experts, blocks=False, rng=rng), axis=-1)
+    return arranged(rows, shape.n_experts, blocks=shape.n_experts == source.curve_experts, rng=rng)
+
+
+def spread_layers(n_have: int, n_wanted: int) -> NDArray[np.int64]:
+    """Which of the layers at hand stands in for each wanted one: evenly spaced, or cycled for a deeper model."""
+    if n_wanted <= n_have:
+        return (np.arange(n_wanted) * n_have) // n_wanted
+    return np.arange(n_wanted) % n_have
+
+
 def _shaped(noise: FloatArray, skew: float) -> FloatArray:
     """Standard normal noise made lopsided, still with mean 0 and variance 1."""
     return np.asarray((noise + skew * (noise * noise - 1.0)) / np.sqrt(1.0 + 2.0 * skew * skew))
-
-
-def decode_bank(
-    inclusion: FloatArray,
-    shape: RoutingShape,
-    source: SyntheticRouting,
-    rng: np.random.Generator,
-    *,
-    n_tokens: int,
-) -> IdArray:
-    """Tokens of as many different requests: (top_k, n_layers, n_tokens), contiguous per choice.
-
-    Parameters
-    ----------
-    inclusion : (n_layers, n_experts)
-        As :func:`popularity` gives it.
-    shape
-        Model.
-    source
-        Gives `layer_link`.
-    rng
-        Source of randomness.
-    n_tokens
-        Tokens wanted; rounded up to whole chunks.
-
-    Notes
-    -----
-    Starts are stratified within a chunk, so that the bank's own counts stay close to `inclusion`.
-    """
-    chunk = _GROUP_CHUNK if shape.n_groups > 1 else _DECODE_CHUNK
-    n_chunks = -(-n_tokens // chunk)
-    rows = np.repeat(inclusion, n_chunks, axis=0)
-    u = (np.arange(chunk) + rng.random((n_chunks, chunk))) / chunk
-    ids = _draw(rows, u, shape, source, rng, n_alike=_GROUP_STRATA if n_chunks % _GROUP_STRATA == 0 else 1)
-    return _planes(ids, shape.n_layers)
-
-
-def prefill_bank(
-    inclusion: FloatArray,
-    shape: RoutingShape,
-    source: SyntheticRouting,
-    rng: np.random.Generator,
-    *,
-    n_sequences: int,
-    sequence_length: int,
-) -> IdArray:
-    """Tokens of whole requests, one behind the other: (top_k, n_layers, n_sequences * sequence_length).
-
-    Parameters
-    ----------
-    inclusion : (n_layers, n_experts)
-        Popularity over all requests.
-    shape
-        Model.
-    source
-        Gives `request_sigma` and `token_step`.
-    rng
-        Source of randomness.
-    n_sequences, sequence_length
-        Requests, and tokens of each (a multiple of the chunk, 16 or 32).
-    """
-    chunk = _GROUP_CHUNK if shape.n_groups > 1 else _DECODE_CHUNK // 2
-    n_chunks = sequence_length // chunk
-    by_request = _request_inclusion(inclusion, shape.top_k, source, n_sequences, rng)
-    size = (n_sequences, sequence_length)
-    if np.isinf(source.token_step):
-        u = rng.random(size)
-    else:
-        # A walk around the circle: the share of experts kept falls with the root of the distance.
-        steps = rng.laplace(0.0, 1.0, size) * (source.token_step * shape.top_k / shape.n_experts)
-        steps[:, 0] = rng.random(n_sequences)
-        u = np.mod(np.cumsum(steps, axis=-1), 1.0)
-        u[u >= 1.0] = 0.0
-    rows = np.repeat(by_request.reshape(-1, shape.n_experts), n_chunks, axis=0)
-    ids = _draw(rows, u.reshape(-1, chunk), shape, source, rng, n_alike=n_chunks)
-    return _planes(ids, shape.n_layers)
-
-
-def _draw(
-    rows: FloatArray,
-    u: FloatArray,
-    shape: RoutingShape,
-    source: SyntheticRouting,
-    rng: np.random.Generator,
-    *,
-    n_alike: int,
-) -> IdArray:
-    """Draw the rows of all layers, layer after layer; `u` (n_chunks, chunk) serves every layer.
-
-    Chunks of linked layers keep one order of the experts per layer, the others get a new one each time:
-    then a common `u` says nothing about the next layer.
-    """
-    n_chunks = u.shape[0]
-    keys = rng.random((shape.n_layers, n_chunks, shape.n_experts), dtype=np.float32)
-    linked = rng.random(n_chunks) < source.layer_link
-    keys[:, linked] = rng.random((shape.n_layers, 1, shape.n_experts), dtype=np.float32)
-    keys = keys.reshape(-1, shape.n_experts)
-    starts = np.tile(u, (shape.n_layers, 1))
-    if shape.n_groups == 1 or shape.n_groups == shape.n_top_groups:
-        return systematic_draw(rows, starts, shape.top_k, rng, keys)
-    return group_limited_draw(
-        rows, starts, shape.top_k, shape.n_groups, shape.n_top_groups, rng, n_alike=n_alike, keys=keys
-    )
-
-
-def _planes(ids: IdArray, n_layers: int) -> IdArray:
-    top_k = ids.shape[-1]
-    return np.ascontiguousarray(np.moveaxis(ids.reshape(n_layers, -1, top_k), -1, 0))
-
-
-def _request_inclusion(
-    inclusion: FloatArray, top_k: int, source: SyntheticRouting, n_sequences: int, rng: np.random.Generator
-) -> FloatArray:
-    """Popularity within each request, (n_layers, n_sequences, n_experts), whose mean is `inclusion`.
-
-    Log-normal preferences, then rows (a request adds up to top_k) and columns (an expert's mean is its
-    popularity) scaled in turn, as in iterative proportional fitting.
-    """
-    n_layers, n_experts = inclusion.shape
-    if source.request_sigma == 0:
-        return np.repeat(inclusion[:, None, :], n_sequences, axis=1)
-    noise = _shaped(rng.standard_normal((n_layers, n_sequences, n_experts)), source.request_skew)
-    p = inclusion[:, None, :] * np.exp(source.request_sigma * noise)
-    for _ in range(8):
-        p *= top_k / p.sum(-1, keepdims=True)
-        np.minimum(p, 1.0, out=p)
-        p *= (inclusion / np.maximum(p.mean(1), 1e-300))[:, None, :]
-    return inclusion_probabilities(p, top_k)
 
 
 @lru_cache(maxsize=32)

@@ -1,15 +1,14 @@
 """Routing traces: which experts real tokens chose, in one memory-mapped safetensors file.
 
-A file holds ``expert_ids`` (tokens, moe_layers, top_k) with optional ``expert_weights`` and
-``sequence_offsets``, or ``expert_counts`` (steps, moe_layers, n_experts) alone; the header says the rest.
+A file holds ``expert_ids`` (tokens, moe_layers, top_k) with optional ``expert_weights``,
+``sequence_offsets`` and ``sequence_domains``, or ``expert_counts`` (steps, moe_layers, n_experts) alone;
+the header says the rest.
 Nothing in it is code, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +16,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from moesim.errors import TraceError
+from moesim.routing.mapped import blocks, count_ids
 
-__all__ = ["RoutingTrace", "read_trace", "write_trace"]
+__all__ = ["RoutingTrace", "check_ids", "check_weights", "map_trace", "read_trace"]
 
 _DTYPES = {"U8": "<u1", "U16": "<u2", "I32": "<i4", "I64": "<i8", "F16": "<f2"}
+_ARRAYS = ("expert_ids", "expert_weights", "sequence_offsets", "sequence_domains", "expert_counts")
+_PAIRED_TOP_K = 16
+"""Experts of a token up to which comparing all pairs is faster than sorting."""
 _CHECKED_AT_ONCE = 2**25
 """Ids that opening a file checks [count]; a longer trace is checked at 64 places, and whole by `check`."""
 
@@ -52,6 +54,10 @@ class RoutingTrace:
         Router weights in the same order; optional.
     sequence_offsets : (n_sequences + 1,), int64
         First token of each sequence, and the end; optional.
+    sequence_domains : (n_sequences,), uint8
+        Which of `domains` each sequence is from; optional, only beside `sequence_offsets`.
+    domains
+        Names of the domains, as `sequence_domains` numbers them.
     expert_counts : (n_steps, n_layers, n_experts), int64
         Tokens per expert; None for a token-level trace.
     notes
@@ -68,6 +74,8 @@ class RoutingTrace:
     expert_ids: NDArray[Any] | None = None
     expert_weights: NDArray[np.float16] | None = None
     sequence_offsets: NDArray[np.int64] | None = None
+    sequence_domains: NDArray[np.uint8] | None = None
+    domains: tuple[str, ...] = ()
     expert_counts: NDArray[np.int64] | None = None
     notes: tuple[str, ...] = field(default=())
 
@@ -89,10 +97,7 @@ class RoutingTrace:
         """Tokens that the trace covers (0 where a count file does not state top_k)."""
         if self.expert_ids is not None:
             return int(self.expert_ids.shape[0])
-        counts = self.expert_counts
-        if counts is None or not self.top_k:
-            return 0
-        return int(counts[:, 0].sum()) // self.top_k
+        return int(self.counts[0].sum()) // self.top_k if self.top_k else 0
 
     @cached_property
     def offsets(self) -> NDArray[np.int64]:
@@ -104,13 +109,13 @@ class RoutingTrace:
     @cached_property
     def counts(self) -> NDArray[np.int64]:
         """Tokens per (layer, expert) over the whole trace: (n_layers, n_experts)."""
-        if self.expert_counts is not None:
-            return np.asarray(self.expert_counts.sum(0), dtype=np.int64)
         total = np.zeros((self.n_layers, self.n_experts), dtype=np.int64)
-        for _, block in _blocks(self):
-            base = (np.arange(self.n_layers) * self.n_experts)[None, :, None]
-            flat = (block.astype(np.int64) + base).ravel()
-            total += np.bincount(flat, minlength=total.size).reshape(total.shape)
+        if self.expert_counts is not None:
+            for _, steps in blocks(self.expert_counts):
+                total += steps.sum(0)
+            return total
+        for _, block in blocks(np.asanyarray(self.expert_ids)):
+            total += count_ids(block, self.n_experts)
         return total
 
     def permuted(self, seed: int = 0) -> RoutingTrace:
@@ -146,24 +151,12 @@ class RoutingTrace:
         TraceError
             At the first token that breaks a rule.
         """
-        for start, block in _blocks(self, sampled=sampled):
-            _check_ids(block, start, self.n_experts)
+        if self.expert_ids is not None:
+            for start, block in blocks(self.expert_ids, sampled=sampled):
+                check_ids(block, start, self.n_experts)
         if self.expert_weights is not None:
-            for start, block in _blocks(self, "expert_weights", sampled=sampled):
-                _check_weights(block, start)
-
-
-def _blocks(
-    trace: RoutingTrace, name: str = "expert_ids", *, sampled: bool = False
-) -> list[tuple[int, NDArray[Any]]]:
-    values: NDArray[Any] | None = getattr(trace, name)
-    if values is None:
-        return []
-    n = values.shape[0]
-    step = max(1, 2**22 // max(1, values.shape[1] * values.shape[2]))
-    if sampled and n > 64 * 256:
-        return [(int(s), values[s : s + 256]) for s in np.linspace(0, n - 256, 64).astype(int)]
-    return [(s, values[s : s + step]) for s in range(0, n, step)]
+            for start, block in blocks(self.expert_weights, sampled=sampled):
+                check_weights(block, start)
 
 
 def _refuse(what: str, rule: str, *, value: object = None, fix: str | None = None) -> TraceError:
@@ -181,6 +174,7 @@ def _check_shapes(t: RoutingTrace) -> None:
         raise _refuse(
             "layer_ids", "ascend, one per MoE layer", value=t.layer_ids, fix="sort and drop repeats"
         )
+    _check_domains(t)
     if t.expert_counts is not None:
         _check_counts(t, t.expert_counts)
         return
@@ -205,14 +199,35 @@ def _check_shapes(t: RoutingTrace) -> None:
         _check_offsets(np.asarray(t.sequence_offsets), ids.shape[0])
 
 
+def _check_domains(t: RoutingTrace) -> None:
+    if t.sequence_domains is None:
+        if t.domains:
+            raise _refuse("domains", "stand beside sequence_domains", value=t.domains, fix="give both")
+        return
+    if t.sequence_offsets is None:
+        raise _refuse("sequence_domains", "need sequence_offsets", fix="say where each sequence begins")
+    domains = np.asarray(t.sequence_domains)
+    n_sequences = np.asarray(t.sequence_offsets).size - 1
+    if domains.shape != (n_sequences,) or domains.dtype.kind not in "ui":
+        value = (domains.shape, str(domains.dtype))
+        raise _refuse("sequence_domains", f"are {n_sequences} whole numbers, one a sequence", value=value)
+    if len(set(t.domains)) != len(t.domains) or not 1 <= len(t.domains) <= 256:
+        raise _refuse("domains", "are 1 to 256 distinct names", value=t.domains)
+    outside = np.flatnonzero((domains < 0) | (domains >= len(t.domains)))
+    if outside.size:
+        at = int(outside[0])
+        rule = f"number one of the {len(t.domains)} domains"
+        raise _refuse(f"sequence_domains[{at}]", rule, value=int(domains[at]))
+
+
 def _check_counts(t: RoutingTrace, counts: NDArray[np.int64]) -> None:
     if counts.ndim != 3 or counts.shape[0] == 0 or counts.shape[1:] != (t.n_layers, t.n_experts):
         rule = f"have shape (steps, {t.n_layers} layers, {t.n_experts} experts) as the header says"
         raise _refuse("expert_counts", rule, value=counts.shape)
     if counts.dtype.kind not in "ui":
         raise _refuse("expert_counts", "are whole numbers", value=str(counts.dtype), fix="store int64")
-    if counts.min() < 0:
-        raise _refuse("expert_counts", "are not negative", value=int(counts.min()))
+    if (least := min(int(steps.min()) for _, steps in blocks(counts))) < 0:
+        raise _refuse("expert_counts", "are not negative", value=least)
 
 
 def _check_offsets(offsets: NDArray[Any], n_tokens: int) -> None:
@@ -228,7 +243,23 @@ def _check_offsets(offsets: NDArray[Any], n_tokens: int) -> None:
         raise _refuse(f"sequence_offsets[{at + 1}]", "offsets ascend", value=pair, fix="drop empty sequences")
 
 
-def _check_ids(block: NDArray[Any], start: int, n_experts: int) -> None:
+def check_ids(block: NDArray[Any], start: int, n_experts: int) -> None:
+    """Refuse expert ids that are out of range or repeat within a token.
+
+    Parameters
+    ----------
+    block : (n_tokens, n_layers, top_k)
+        Expert ids.
+    start
+        Index of the block's first token, for the message.
+    n_experts
+        Experts per layer.
+
+    Raises
+    ------
+    TraceError
+        At the first token that breaks a rule.
+    """
     if block.size and (int(block.max()) >= n_experts or int(block.min()) < 0):
         bad = np.argwhere((block >= n_experts) | (block < 0))[0]
         value = int(block[tuple(bad)])
@@ -236,11 +267,7 @@ def _check_ids(block: NDArray[Any], start: int, n_experts: int) -> None:
         raise _refuse(
             place, f"expert ids lie in 0..{n_experts - 1}", value=value, fix="undo padding and remapping"
         )
-    planes = [np.ascontiguousarray(block[:, :, j]) for j in range(block.shape[2])]
-    twice = np.zeros(block.shape[:2], dtype=bool)
-    for j, later in enumerate(planes):
-        for earlier in planes[:j]:
-            twice |= later == earlier
+    twice = _repeated(block)
     if twice.any():
         token, layer = (int(v) for v in np.argwhere(twice)[0])
         place = f"expert_ids[{start + token}, {layer}]"
@@ -248,7 +275,21 @@ def _check_ids(block: NDArray[Any], start: int, n_experts: int) -> None:
         raise _refuse(place, "the experts of one token are distinct", value=value, fix="drop padded tokens")
 
 
-def _check_weights(block: NDArray[Any], start: int) -> None:
+def _repeated(block: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where a token has an expert twice in a layer: (n_tokens, n_layers)."""
+    twice = np.zeros(block.shape[:2], dtype=np.bool_)
+    if block.shape[2] > _PAIRED_TOP_K:
+        ordered = np.sort(block, axis=-1)
+        return np.asarray((ordered[:, :, 1:] == ordered[:, :, :-1]).any(-1))
+    planes = [np.ascontiguousarray(block[:, :, j]) for j in range(block.shape[2])]
+    for j, later in enumerate(planes):
+        for earlier in planes[:j]:
+            twice |= later == earlier
+    return twice
+
+
+def check_weights(block: NDArray[Any], start: int) -> None:
+    """Refuse router weights that are not finite: `block` as in :func:`check_ids`."""
     bad = np.argwhere(~np.isfinite(block))
     if bad.size:
         token, layer, j = (int(v) for v in bad[0])
@@ -257,63 +298,13 @@ def _check_weights(block: NDArray[Any], start: int) -> None:
         raise _refuse(place, "weights are finite", value=value, fix="leave expert_weights out or repair them")
 
 
-def write_trace(trace: RoutingTrace, path: str | Path) -> Path:
-    """Check a trace and write it, whole or not at all.
-
-    Parameters
-    ----------
-    trace
-        What to write.
-    path
-        Target; a file there is replaced in one step.
-
-    Returns
-    -------
-    Path
-        The file written.
-
-    Raises
-    ------
-    TraceError
-        If the trace breaks a rule; nothing is written then.
-    """
-    target = Path(path)
-    trace.check()
-    arrays: dict[str, NDArray[Any]] = {}
-    for name in ("expert_ids", "expert_weights", "sequence_offsets", "expert_counts"):
-        value = getattr(trace, name)
-        if value is not None:
-            arrays[name] = np.ascontiguousarray(value)
-    if "expert_ids" in arrays:
-        arrays["expert_ids"] = arrays["expert_ids"].astype(np.uint8 if trace.n_experts <= 256 else np.uint16)
-    header = {
-        "format": "moesim-routing-1",
-        "model": trace.model,
-        "n_experts": str(trace.n_experts),
-        "top_k": "" if trace.top_k is None else str(trace.top_k),
-        "layer_ids": json.dumps(list(trace.layer_ids)),
-        "phase": trace.phase,
-        "source": trace.source,
-        "licence": trace.licence,
-        "notes": json.dumps(list(trace.notes)),
-    }
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        save_file(arrays, temporary, metadata=header)
-        Path(temporary).replace(target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return target
-
-
 def read_trace(path: str | Path) -> RoutingTrace:
     """Open a trace without reading its tokens: arrays stay mapped to the file.
 
     Parameters
     ----------
     path
-        A safetensors file written by :func:`write_trace`, or by anyone in that format.
+        A safetensors file written by :func:`moesim.routing.write_trace`, or by anyone in that format.
 
     Returns
     -------
@@ -327,15 +318,20 @@ def read_trace(path: str | Path) -> RoutingTrace:
     """
     file = Path(path)
     try:
-        header, tensors, data_at = _read_header(file)
-        arrays: dict[str, Any] = {name: _mapped(file, name, info, data_at) for name, info in tensors.items()}
-        trace = RoutingTrace(**_fields(header), **arrays)
+        trace = map_trace(file)
         big = trace.expert_ids is not None and trace.expert_ids.size > _CHECKED_AT_ONCE
         trace.check(sampled=big)
     except TraceError as error:
         place = str(file) if error.place is None else f"{file}: {error.place}"
         raise error.at(place) from None
     return trace
+
+
+def map_trace(file: Path) -> RoutingTrace:
+    """Open a trace as :func:`read_trace` does, but look at shapes and bounds only, not at its ids."""
+    header, tensors, data_at = _read_header(file)
+    arrays: dict[str, Any] = {name: _mapped(file, name, info, data_at) for name, info in tensors.items()}
+    return RoutingTrace(**_fields(header), **arrays)
 
 
 def _read_header(file: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]], int]:
@@ -355,8 +351,7 @@ def _read_header(file: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]],
     if not isinstance(parsed, dict):
         raise TraceError("is not a safetensors file", fix="use `moesim trace import`")
     header = parsed.pop("__metadata__", {})
-    known = ("expert_ids", "expert_weights", "sequence_offsets", "expert_counts")
-    tensors = {name: parsed[name] for name in known if name in parsed}
+    tensors = {name: parsed[name] for name in _ARRAYS if name in parsed}
     if not isinstance(header, dict) or not {"expert_ids", "expert_counts"} & set(tensors):
         raise TraceError("holds neither expert_ids nor expert_counts", fix="use `moesim trace import`")
     ends = [info.get("data_offsets", [0, 0])[-1] for info in parsed.values() if isinstance(info, dict)]
@@ -393,6 +388,7 @@ def _fields(header: dict[str, str]) -> dict[str, Any]:
             "phase": header.get("phase", "unknown"),
             "source": header.get("source", "unknown"),
             "licence": header.get("licence", "unknown"),
+            "domains": tuple(str(n) for n in json.loads(header.get("domains", "[]"))),
             "notes": tuple(str(n) for n in json.loads(header.get("notes", "[]"))),
         }
     except (KeyError, TypeError, ValueError) as error:

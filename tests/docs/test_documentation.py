@@ -76,6 +76,12 @@ COMMANDS = list(commands())
 SNIPPETS = [block for block in blocks() if block.language == "python"]
 
 
+TINY_MIXTRAL = {
+    "model_type": "mixtral", "vocab_size": 256, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the pages speak of: the scenarios, SGLang's counts, a trace made from them."""
@@ -83,6 +89,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rng = np.random.default_rng(0)
     counts = np.sort(rng.lognormal(8, 1, (58, 256)).astype(int) + 1, axis=1)
     (tmp_path / "expert_distribution.json").write_text(json.dumps({"logical_count": counts.tolist()}))
+    np.save(
+        tmp_path / "routed_experts.npy",
+        np.argsort(rng.random((40, 32, 8)), axis=-1)[..., :2].astype(np.uint8),
+    )
+    (tmp_path / "prompts.txt").write_text("What is a router?\nWrite a poem.\n")
+    (tmp_path / "tiny-mixtral").mkdir()
+    (tmp_path / "tiny-mixtral" / "config.json").write_text(json.dumps(TINY_MIXTRAL))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     call(

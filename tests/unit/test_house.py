@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for package in ("moesim", "calibrate") for path in (REPOSITORY / package).rglob("*.py"))
 CORE = [path for path in SOURCES if path.is_relative_to(REPOSITORY / "moesim")]
 PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
-HEAVY = ("numba", "pandas", "pyarrow", "torch", "triton")
+HEAVY = ("gguf", "numba", "pandas", "pyarrow", "torch", "transformers", "triton")
 """What a core install does not have."""
 
 UNSAFE_CALLS = {

@@ -25,7 +25,7 @@ def test_uniform_routing_is_perfectly_balanced():
     assert found["balancedness"]["ep8"]["as_is"] == pytest.approx(1)
     assert found["active_experts"]["1"] == pytest.approx(8 / 64)
     assert found["active_experts"]["512"] > 0.99
-    assert "locality" not in found
+    assert found["locality"]["shared_with_next_token"] == pytest.approx(8 / 64, abs=0.01)  # drawn from it
 
 
 def test_default_shape_of_a_generator_and_json():

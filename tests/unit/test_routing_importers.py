@@ -74,9 +74,7 @@ def test_a_count_file_too_large_to_parse_whole_is_refused_unread(tmp_path):
     with file.open("wb") as stream:
         stream.write(b"{")
         stream.truncate(256 * 10**6 + 1)  # sparse: takes no space on the disk
-    with pytest.raises(
-        TraceError, match=r"all_steps.json: 256000001: a count file has at most 256 MB.*fix: "
-    ):
+    with pytest.raises(TraceError, match=r"all_steps.json: 256000001: a JSON file has at most 256 MB.*fix: "):
         open_trace(file)
 
 

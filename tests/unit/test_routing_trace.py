@@ -48,6 +48,14 @@ def test_token_level_trace_survives_the_file(tmp_path):
     assert back.is_token_level
 
 
+def test_domains_survive_the_file(tmp_path):
+    trace = token_trace(sequence_domains=np.array([1, 0]), domains=("python", "C, α"))
+    back = read_trace(write_trace(trace, tmp_path / "t.safetensors"))
+    assert back.domains == ("python", "C, α")
+    assert back.sequence_domains.dtype == np.uint8
+    assert back.sequence_domains.tolist() == [1, 0]
+
+
 def test_counts_only_trace_survives_the_file(tmp_path):
     trace = count_trace(top_k=None)
     back = read_trace(write_trace(trace, tmp_path / "t.safetensors"))
@@ -126,6 +134,19 @@ def test_bad_tokens_are_refused_and_nothing_is_written(tmp_path, changes, said):
         ),
         ({"sequence_offsets": np.array([0, 30])}, "run from 0 to the 40 tokens"),
         ({"sequence_offsets": np.array([0.0, 40.0])}, "two whole numbers"),
+        ({"domains": ("a",)}, "domains: .*stand beside sequence_domains"),
+        (
+            {"sequence_domains": np.array([0, 1]), "domains": ("a", "b"), "sequence_offsets": None},
+            "sequence_domains: need sequence_offsets",
+        ),
+        ({"sequence_domains": np.array([0]), "domains": ("a",)}, "are 2 whole numbers, one a sequence"),
+        ({"sequence_domains": np.array([0.0, 1.0]), "domains": ("a", "b")}, "whole numbers, one a sequence"),
+        ({"sequence_domains": np.array([0, 0])}, "domains: .*1 to 256 distinct names"),
+        ({"sequence_domains": np.array([0, 0]), "domains": ("a", "a")}, "1 to 256 distinct names"),
+        (
+            {"sequence_domains": np.array([0, 2]), "domains": ("a", "b")},
+            r"sequence_domains\[1\]: 2: number one of the 2 domains",
+        ),
     ],
 )
 def test_token_trace_that_contradicts_itself_is_refused(changes, said):
@@ -223,13 +244,23 @@ def test_a_long_trace_is_sampled_on_opening_and_checked_whole_on_request():
         trace.check()
 
 
+@pytest.mark.parametrize("top_k", [2, 16, 17, 40])
+def test_repeated_experts_are_found_at_any_width(top_k):
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((5, 2, 64)), axis=-1)[..., :top_k].astype(np.uint8)
+    RoutingTrace("toy", 64, top_k, (0, 1), expert_ids=ids).check()
+    ids[3, 1, -1] = ids[3, 1, 0]
+    with pytest.raises(TraceError, match=r"expert_ids\[3, 1\].*distinct"):
+        RoutingTrace("toy", 64, top_k, (0, 1), expert_ids=ids).check()
+
+
 def test_failed_write_leaves_the_old_file(file, monkeypatch):
     before = file.read_bytes()
 
     def full(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("moesim.routing.trace.save_file", full)
+    monkeypatch.setattr("moesim.routing.writing.map_trace", full)
     with pytest.raises(OSError, match="disk full"):
         write_trace(token_trace(), file)
     assert file.read_bytes() == before

@@ -1,0 +1,1 @@
+"""Routing that needs PyTorch: recordings in its format, capture from a running model."""
