@@ -130,6 +130,22 @@ def test_sglang_initial_location_json_and_pt_agree(tmp_path):
         assert np.array_equal(trace.counts, counts)
 
 
+def test_torch_files_of_the_old_format_are_read_too(tmp_path):
+    counts = counts_of(some_ids(40))
+    file = tmp_path / "old.pt"
+    torch.save({"logical_count": torch.tensor(counts)}, file, _use_new_zipfile_serialization=False)
+    trace, _ = bring(file, tmp_path)
+    assert np.array_equal(trace.counts, counts)
+
+
+def test_a_trace_of_ones_own_gets_its_model(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"logical_count": np.full((32, 8), 5).tolist()}))
+    imported(str(tmp_path / "c.json"), tmp_path / "a.safetensors", "auto", None)
+    assert read_trace(tmp_path / "a.safetensors").top_k is None
+    trace, _ = bring(tmp_path / "a.safetensors", tmp_path, model="mixtral-8x7b")
+    assert (trace.model, trace.top_k) == (load_model("mixtral-8x7b").name, 2)
+
+
 def test_layer_totals_are_warned_of_and_how(tmp_path):
     counts = counts_of(some_ids(40)) * 10
     counts[1, 0] += 9
