@@ -331,6 +331,32 @@ def test_deepseek_choice_equals_transformers(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+def test_biases_steer_the_choice_and_not_the_weights(tmp_path, stacked):
+    logits = some_logits()
+    bias = np.random.default_rng(2).normal(0, 0.5, (N_LAYERS, N_EXPERTS)).astype(np.float32)
+    tensors = {f"router_logits.{n}": one for n, one in enumerate(logits)}
+    more = {"e_score_correction_bias": bias} if stacked else {f"bias.{n}": one for n, one in enumerate(bias)}
+    save_file(tensors | more, tmp_path / "l.safetensors")
+    trace, _ = bring(tmp_path / "l.safetensors", tmp_path, top_k=TOP_K)
+    scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    ids = np.argsort(-(scores + bias[:, None]), axis=-1)[..., :TOP_K]
+    chosen = np.take_along_axis(scores, ids, -1)
+    assert np.array_equal(trace.expert_ids, ids.transpose(1, 0, 2))
+    expected = (chosen / chosen.sum(-1, keepdims=True)).transpose(1, 0, 2)
+    assert np.asarray(trace.expert_weights, np.float32) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_model_with_a_bias_that_the_file_lacks_is_told(tmp_path):
+    logits = np.random.default_rng(0).normal(size=(58, 5, 256)).astype(np.float32)
+    np.save(tmp_path / "l.npy", logits)
+    trace, notes = bring(tmp_path / "l.npy", tmp_path, model="deepseek-v3")
+    assert "warning: the model steers its choice by a bias per expert" in notes
+    assert trace.layer_ids == tuple(range(3, 61))
+    groups = np.sort(np.asarray(trace.expert_ids, np.int64) // 32, axis=-1)
+    assert (np.diff(groups, axis=-1) != 0).sum(-1).max() == 3  # four of eight groups
+
+
 def test_bfloat16_logits_are_read_from_safetensors(tmp_path):
     from safetensors.torch import save_file as save_torch
 
