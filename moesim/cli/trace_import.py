@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def imported(
         _check_model(one, spec, source)
     if isinstance(one, RoutingTrace):
         one.check()
-        write_trace(one, output)
+        known = spec.moe.top_k if spec is not None and spec.moe is not None else top_k
+        write_trace(replace(one, model=spec.name if spec else one.model, top_k=one.top_k or known), output)
     else:
         written(one, output, model=spec.name if spec else "unknown")
     return facts(output)

@@ -130,6 +130,22 @@ def test_sglang_initial_location_json_and_pt_agree(tmp_path):
         assert np.array_equal(trace.counts, counts)
 
 
+def test_torch_files_of_the_old_format_are_read_too(tmp_path):
+    counts = counts_of(some_ids(40))
+    file = tmp_path / "old.pt"
+    torch.save({"logical_count": torch.tensor(counts)}, file, _use_new_zipfile_serialization=False)
+    trace, _ = bring(file, tmp_path)
+    assert np.array_equal(trace.counts, counts)
+
+
+def test_a_trace_of_ones_own_gets_its_model(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"logical_count": np.full((32, 8), 5).tolist()}))
+    imported(str(tmp_path / "c.json"), tmp_path / "a.safetensors", "auto", None)
+    assert read_trace(tmp_path / "a.safetensors").top_k is None
+    trace, _ = bring(tmp_path / "a.safetensors", tmp_path, model="mixtral-8x7b")
+    assert (trace.model, trace.top_k) == (load_model("mixtral-8x7b").name, 2)
+
+
 def test_layer_totals_are_warned_of_and_how(tmp_path):
     counts = counts_of(some_ids(40)) * 10
     counts[1, 0] += 9
@@ -313,6 +329,32 @@ def test_deepseek_choice_equals_transformers(monkeypatch):
     assert np.take_along_axis(our_weights, ours_order, 1) == pytest.approx(
         np.take_along_axis(weights.numpy(), order, 1), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_biases_steer_the_choice_and_not_the_weights(tmp_path, stacked):
+    logits = some_logits()
+    bias = np.random.default_rng(2).normal(0, 0.5, (N_LAYERS, N_EXPERTS)).astype(np.float32)
+    tensors = {f"router_logits.{n}": one for n, one in enumerate(logits)}
+    more = {"e_score_correction_bias": bias} if stacked else {f"bias.{n}": one for n, one in enumerate(bias)}
+    save_file(tensors | more, tmp_path / "l.safetensors")
+    trace, _ = bring(tmp_path / "l.safetensors", tmp_path, top_k=TOP_K)
+    scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    ids = np.argsort(-(scores + bias[:, None]), axis=-1)[..., :TOP_K]
+    chosen = np.take_along_axis(scores, ids, -1)
+    assert np.array_equal(trace.expert_ids, ids.transpose(1, 0, 2))
+    expected = (chosen / chosen.sum(-1, keepdims=True)).transpose(1, 0, 2)
+    assert np.asarray(trace.expert_weights, np.float32) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_model_with_a_bias_that_the_file_lacks_is_told(tmp_path):
+    logits = np.random.default_rng(0).normal(size=(58, 5, 256)).astype(np.float32)
+    np.save(tmp_path / "l.npy", logits)
+    trace, notes = bring(tmp_path / "l.npy", tmp_path, model="deepseek-v3")
+    assert "warning: the model steers its choice by a bias per expert" in notes
+    assert trace.layer_ids == tuple(range(3, 61))
+    groups = np.sort(np.asarray(trace.expert_ids, np.int64) // 32, axis=-1)
+    assert (np.diff(groups, axis=-1) != 0).sum(-1).max() == 3  # four of eight groups
 
 
 def test_bfloat16_logits_are_read_from_safetensors(tmp_path):

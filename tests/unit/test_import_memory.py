@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -77,6 +78,12 @@ def trtllm(path, n_tokens):
     return path
 
 
+@pytest.fixture
+def folder(tmp_path):
+    yield tmp_path
+    shutil.rmtree(tmp_path)  # pytest would keep it for three runs
+
+
 def peak_bytes(source, target, top_k):
     tracemalloc.start()
     imported(str(source), target, "auto", None, top_k)
@@ -97,23 +104,23 @@ def peak_bytes(source, target, top_k):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_memory_does_not_grow_with_the_recording(tmp_path, make, name, short, long, top_k):
+def test_memory_does_not_grow_with_the_recording(folder, make, name, short, long, top_k):
     peaks = []
     for number, n_tokens in enumerate((short, long)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        peaks.append(peak_bytes(make(folder / name, n_tokens), tmp_path / "out.safetensors", top_k))
+        inside = folder / str(number)
+        inside.mkdir()
+        peaks.append(peak_bytes(make(inside / name, n_tokens), folder / "out.safetensors", top_k))
     assert peaks[1] < peaks[0] + 8 * MB
     assert peaks[1] < 120 * MB, peaks
 
 
-def test_a_trace_is_written_without_being_held(tmp_path):
-    source = sparse_npy(tmp_path / "r.npy", 4_000_000)
+def test_a_trace_is_written_without_being_held(folder):
+    source = sparse_npy(folder / "r.npy", 4_000_000)
     ids = np.lib.format.open_memmap(source, mode="r")
     trace = RoutingTrace("toy", 64, 1, tuple(range(24)), expert_ids=ids)
     tracemalloc.start()
-    write_trace(trace, tmp_path / "out.safetensors")
+    write_trace(trace, folder / "out.safetensors")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 60 * MB < ids.nbytes
-    assert np.array_equal(read_trace(tmp_path / "out.safetensors").expert_ids[:2000], ids[:2000])
+    assert np.array_equal(read_trace(folder / "out.safetensors").expert_ids[:2000], ids[:2000])

@@ -234,6 +234,91 @@ def test_model_that_was_not_recorded(refused):
     assert "lies in 1..16" in refused("logits.safetensors", *OUT, "--top-k", "17")
 
 
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        (
+            {"router_logits.0": (4, 8), "router_logits.1": (4, 9)},
+            "is logits of the first layer's shape (4, 8)",
+        ),
+        ({"a": (4, 8), "b": (4, 8)}, "holds router logits"),
+        ({"a.0": (4, 8), "b.0": (4, 8)}, "holds router logits"),
+        ({"attention_mask": (4, 8)}, "holds router logits"),
+        ({"a": (8,)}, "a single tensor stacks layers"),
+        ({"a.0": (4, 8), "attention_mask": (3, 2)}, "attention_mask: (3, 2): is (batch, sequence)"),
+        ({"a.0": (4, 8), "a.1": (4, 8), "bias.0": (8,)}, "bias: "),
+    ],
+)
+def test_tensors_that_are_no_logits(refused, tensors, said):
+    save_file({name: np.ones(shape, np.float32) for name, shape in tensors.items()}, "l.safetensors")
+    assert said in refused("l.safetensors", *OUT, "--format", "hf", "--top-k", "2")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        ([[(0, 0)], [(0, 0), (0, 1)]], "ranks hold the same layers"),
+        ([[(0, 0), (1, 5)]], "layer: 5: is one of those of the first step"),
+        ([[(0, "x")]], "step and layer are whole numbers"),
+        ([[]], "holds at least one record"),
+    ],
+)
+def test_megatron_ranks_that_do_not_fit(refused, ranks, said):
+    for rank, records in enumerate(ranks):
+        lines = [
+            json.dumps({"step": s, "layer": n, "top_indices": [[0, 1]], "num_tokens": 1}) for s, n in records
+        ]
+        Path(f"router_trace_rank{rank}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert said in refused("router_trace_rank*.jsonl", *OUT, "--format", "megatron")
+
+
+def test_megatron_rows_that_contradict_their_record(refused):
+    file = Path("router_trace_rank0.jsonl")
+    for change, said in (
+        ({"num_tokens": 3}, "is (num_tokens 3, topk)"),
+        ({"top_indices": [[0, 1], [2]]}, "are whole numbers"),
+        ({"top_indices": [[0.5, 1]]}, "are whole numbers"),
+    ):
+        record = {"step": 0, "layer": 0, "num_tokens": 2, "top_indices": [[0, 1], [2, 3]], **change}
+        file.write_text(json.dumps(record) + "\n")
+        assert said in refused(file.name, *OUT)
+
+
+def recording(**changes):
+    record = sglang_record(some_ids(5), 1, 0)
+    record.update(changes)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (recording(topk_ids_of_layer=torch.full((4, 5, 8), 20)), "ids of physical experts lie in 0..19"),
+        (recording(topk_ids_of_layer=torch.full((4, 5, 8), -2)), "ids of physical experts lie in 0..19"),
+        (recording(topk_ids_of_layer=torch.full((4, 5, 8), -1)), "at least one pass has tokens"),
+        (recording(topk_ids_of_layer=torch.zeros(3, 5, 8)), "is (4 layers, tokens, width) of whole numbers"),
+        (recording(rank="a"), "has forward_pass_id and rank"),
+        (recording(topk_ids_of_layer=None), "topk_ids_of_layer"),
+    ],
+)
+def test_sglang_records_that_break_a_rule(refused, record, said):
+    save_ranks(Path(), {0: [record]})
+    assert said in refused("expert_distribution_recorder_17.0_0.pt", *OUT)
+
+
+def test_sglang_counts_that_break_a_rule(refused):
+    keep = ("forward_pass_id", "rank", "global_physical_count")
+    save_ranks(Path(), {0: [{k: recording(global_physical_count=torch.ones(2, 3))[k] for k in keep}]})
+    assert "are whole numbers" in refused("expert_distribution_recorder_17.0_0.pt", *OUT)
+    save_ranks(Path(), {0: []})
+    assert "holds at least one record" in refused("expert_distribution_recorder_17.0_0.pt", *OUT)
+    torch.save({"logical_count": [1, 2]}, "stat.pt")
+    assert "is a tensor of counts" in refused("stat.pt", *OUT)
+    torch.save({"other": 1}, "other.pt")
+    assert "records and last_physical_to_logical_map" in refused("other.pt", *OUT, "--format", "sglang")
+    assert "holds router logits" in refused("other.pt", *OUT)
+
+
 def test_torch_absent_is_one_line_with_the_extra(refused, monkeypatch):
     torch.save({"logical_count": torch.ones(2, 4)}, "x.pt")
     monkeypatch.setitem(sys.modules, "torch", None)
