@@ -203,7 +203,8 @@ def _fit_link(ids: NDArray[Any], layers: NDArray[np.int64], p: FloatArray, shape
     """Share of tokens to be linked: dependence on the next layer over that of a generator linked throughout."""
     if ids.shape[1] < 2:
         return 0.0
-    own = ids[:: max(1, ids.shape[0] // 32768)]
+    most = min(32768, 2**22 // shape.n_experts)
+    own = ids[:: max(1, ids.shape[0] // most)]
     source = replace(SyntheticRouting("fit"), layer_link=1.0)
     bank = decode_bank(p, shape, source, np.random.default_rng(1), n_tokens=own.shape[0])
     made = bank.transpose(2, 1, 0)[: own.shape[0]]
