@@ -1,0 +1,1 @@
+"""A small Mixture-of-Experts language model of our own: trained from scratch, its routing recorded."""
