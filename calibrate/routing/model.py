@@ -179,10 +179,10 @@ class MoeLayer(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         sizes = chosen.kept.tolist()
-        rows = x.index_select(0, chosen.token).split(sizes)
+        rows = torch.split(x.index_select(0, chosen.token), sizes)
         gate = torch.cat([a @ w for a, w in zip(rows, self.gate.unbind(), strict=True)])
         up = torch.cat([a @ w for a, w in zip(rows, self.up.unbind(), strict=True)])
-        inner = (functional.silu(gate) * up).split(sizes)
+        inner = torch.split(functional.silu(gate) * up, sizes)
         out = torch.cat([a @ w for a, w in zip(inner, self.down.unbind(), strict=True)])
         weighted = out * chosen.weight.to(out.dtype)[:, None]
         return torch.zeros_like(x, dtype=out.dtype).index_add(0, chosen.token, weighted)

@@ -15,7 +15,7 @@ from calibrate.routing.training import load_checkpoint
 from moesim.errors import ModelError, MoesimError, TraceError
 from moesim.routing import RoutingTrace, write_trace
 
-__all__ = ["main", "parse_texts", "provenance", "record"]
+__all__ = ["main", "parse_texts", "provenance", "record", "run"]
 
 
 @torch.no_grad()

@@ -10,12 +10,10 @@ from common import Table, balance, figure, fit, options, router, settings, setup
 
 MEANS = {
     "none": {"aux_weight": 0.0},
-    "aux 0.001": {"aux_weight": 0.001},
     "aux 0.01": {"aux_weight": 0.01},
     "aux 0.1": {"aux_weight": 0.1},
     "z-loss 0.001": {"aux_weight": 0.0, "z_weight": 0.001},
     "jitter 0.01": {"aux_weight": 0.0, "jitter": 0.01},
-    "aux 0.01, z-loss 0.001, jitter 0.01": {"aux_weight": 0.01, "z_weight": 0.001, "jitter": 0.01},
     "sigmoid, none": {"aux_weight": 0.0, "scoring": "sigmoid"},
     "sigmoid, bias 0.01": {"aux_weight": 0.0, "scoring": "sigmoid", "bias_rate": 0.01},
     "expert choice (not causal)": {"aux_weight": 0.0, "expert_choice": True},

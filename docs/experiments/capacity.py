@@ -12,6 +12,8 @@ from calibrate.routing.training import Trained
 from common import Table, balance, figure, fit, judge, options, router, settings, setup
 
 FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+TRAINED = {"position": (0.5, 0.75, 1.0, 1.5), "weight": (0.5, 1.0)}
+"""Factors to train with, by which tokens are dropped."""
 
 
 def main() -> None:
@@ -44,7 +46,7 @@ def main() -> None:
                     if isinstance(layer, MoeLayer):
                         layer.config = replace(model, router=limited)
                 add(None, factor, drop, dropless)
-                if drop == "position" or factor <= 1.0:
+                if factor in TRAINED[drop]:
                     add(
                         factor,
                         factor,
@@ -58,7 +60,7 @@ def _figure(table: Table, path: object, factors: tuple[float, ...]) -> None:
     traces = []
     for drop in ("position", "weight"):
         for trained in (True, False):
-            at = [f for f in factors if not trained or drop == "position" or f <= 1.0]
+            at = [f for f in factors if not trained or f in TRAINED[drop]]
             means = [
                 table.mean("bits_per_byte", trained_with=f if trained else 0.0, run_with=f, drop=drop)
                 for f in at

@@ -1,4 +1,4 @@
-"""Routing by name: generators in the catalog, and files of any known format."""
+"""Routing by name: generators and recorded traces in the catalog, and generators in files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ruamel.yaml.error import YAMLError
 
 from moesim.errors import TraceError
 from moesim.routing.synthetic import SyntheticRouting
+from moesim.routing.trace import RoutingTrace, read_trace
 
 __all__ = ["catalog_names", "catalog_routing", "default_routing"]
 
@@ -35,12 +36,13 @@ def _folder() -> Path:
 
 def catalog_names() -> list[str]:
     """Names of the routing sources in the catalog, plus ``uniform`` and ``zipf``."""
-    return sorted({*(file.stem for file in _folder().glob("*.yaml")), "uniform", "zipf"})
+    files = (file.stem for file in _folder().iterdir() if file.suffix in (".yaml", ".safetensors"))
+    return sorted({*files, "uniform", "zipf"})
 
 
 @lru_cache(maxsize=32)
-def catalog_routing(name: str) -> SyntheticRouting:
-    """Read one generator of the catalog.
+def catalog_routing(name: str) -> SyntheticRouting | RoutingTrace:
+    """Open one entry of the catalog: a generator, or a recorded trace, mapped to its file.
 
     Parameters
     ----------
@@ -52,6 +54,12 @@ def catalog_routing(name: str) -> SyntheticRouting:
     TraceError
         If there is none of that name, or its file says something else than the format.
     """
+    recorded = _folder() / f"{name}.safetensors"
+    return read_trace(recorded) if recorded.is_file() else _generator(name)
+
+
+@lru_cache(maxsize=32)
+def _generator(name: str) -> SyntheticRouting:
     if name == "uniform":
         return SyntheticRouting.uniform()
     if name == "zipf":
@@ -98,7 +106,7 @@ def default_routing(model: str | None = None) -> SyntheticRouting:
     model
         Catalog name of the model; None for the generator that stands for any.
     """
-    return catalog_routing(_own_generators().get(model or "", "default"))
+    return _generator(_own_generators().get(model or "", "default"))
 
 
 @lru_cache(maxsize=1)
