@@ -22,7 +22,7 @@ from calibrate.routing.router import RouterConfig
 from calibrate.routing.training import Evaluation, Recipe, Trained, evaluate, train
 
 MODEL = ModelConfig(n_layers=2, hidden=64, n_heads=2, n_experts=8, top_k=2, expert_width=64)
-RECIPE = Recipe(steps=150, batch=16, context=64, learning_rate=5e-3, warmup=20)
+RECIPE = Recipe(steps=400, batch=16, context=64, learning_rate=5e-3, warmup=20)
 SMALL_MODEL = replace(MODEL, n_layers=1, hidden=16, n_heads=1, expert_width=16)
 SMALL_RECIPE = replace(RECIPE, steps=3, batch=4, context=32, warmup=1)
 DOMAINS = ("python", "c", "javascript", "perl", "guide", "manual", "german", "french")

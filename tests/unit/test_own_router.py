@@ -395,22 +395,8 @@ def call(module, monkeypatch, capsys, *words):
 
 
 SIZES = [
-    "--layers",
-    "1",
-    "--hidden",
-    "8",
-    "--heads",
-    "1",
-    "--experts",
-    "4",
-    "--expert-width",
-    "4",
-    "--steps",
-    "4",
-    "--batch",
-    "2",
-    "--context",
-    "16",
+    *("--layers", "1", "--hidden", "8", "--heads", "1", "--experts", "4", "--expert-width", "4"),
+    *("--steps", "4", "--batch", "2", "--context", "16"),
 ]
 
 
