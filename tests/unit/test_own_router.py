@@ -317,21 +317,31 @@ def test_too_little_text_is_refused(corpus):
 # Recording
 
 
-def test_recording_gives_what_the_model_chose(corpus):
+def test_recording_gives_what_the_model_chose():
+    rng = np.random.default_rng(0)
+    text = [rng.integers(0, 256, 500, dtype=np.uint8) for _ in range(4)]
+    corpus = Corpus(
+        (
+            Domain("one", "made up", "CC0-1.0", text[0], text[1]),
+            Domain("two", "made up", "MIT", text[2], text[3]),
+        )
+    )
     torch.manual_seed(0)
     model = MoeModel(TINY)
     trace = record(model, corpus, n_sequences=6, context=16, name="tiny", batch=4)
     assert trace.expert_ids.shape == (96, 2, 2)
     assert trace.domains == ("one", "two")
     assert trace.sequence_domains.tolist() == [0, 1, 0, 1, 0, 1]
+    assert "one: CC0-1.0; two: MIT" in trace.licence
     windows, _ = corpus.held_out(6, 16)
-    _, routed = model.eval()(torch.from_numpy(windows[2:3]))
-    for layer, chosen in enumerate(routed.assignments):
-        assert np.array_equal(trace.expert_ids[32:48, layer], chosen.ids.numpy())
-        assert trace.expert_weights[32:48, layer] == pytest.approx(
-            chosen.ids_weight.detach().numpy(), abs=1e-3
-        )
-    assert "one: CC0-1.0" in trace.licence
+    for sequence, window in enumerate(windows):
+        assert window.astype(np.uint8).tobytes() in text[2 * (sequence % 2) + 1].tobytes()
+        mine = slice(*trace.sequence_offsets[sequence : sequence + 2])
+        _, routed = model.eval()(torch.from_numpy(window[None]))
+        for layer, chosen in enumerate(routed.assignments):
+            assert np.array_equal(trace.expert_ids[mine, layer], chosen.ids.numpy())
+            weights = chosen.ids_weight.detach().numpy()
+            assert trace.expert_weights[mine, layer] == pytest.approx(weights, abs=1e-3)
 
 
 @pytest.mark.parametrize(
