@@ -23,9 +23,10 @@ MEANS = {
 def main() -> None:
     """Train one model per means and seed."""
     asked = options(__doc__ or "")
-    model, recipe, corpus = setup(asked.small)
+    model, recipe, corpus = setup(asked)
     table = Table(asked.output / "balance.csv")
     means = dict(list(MEANS.items())[-3:]) if asked.small else MEANS
+    means = {name: changes for name, changes in means.items() if asked.only in name}
     for seed in range(asked.seeds):
         for name, changes in means.items():
             config = replace(model, router=router(**changes))

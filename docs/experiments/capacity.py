@@ -19,7 +19,7 @@ TRAINED = {"position": (0.5, 0.75, 1.0, 1.5), "weight": (0.5, 1.0)}
 def main() -> None:
     """Train dropless and with each factor; run the dropless model with each factor too."""
     asked = options(__doc__ or "")
-    model, recipe, corpus = setup(asked.small)
+    model, recipe, corpus = setup(asked)
     factors = (0.5, 1.0) if asked.small else FACTORS
     table = Table(asked.output / "capacity.csv")
 

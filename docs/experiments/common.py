@@ -35,6 +35,10 @@ def options(what: str) -> argparse.Namespace:
         "--small", action="store_true", help="a few steps of a tiny model: shows that it runs"
     )
     parser.add_argument("--seeds", type=int, default=2, help="runs of each setting (default 2)")
+    parser.add_argument("--steps", type=int, help=f"optimiser steps of a run (default {RECIPE.steps})")
+    parser.add_argument(
+        "--only", default="", help="settings whose name holds this text, where they have names"
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results", help="folder")
     asked = parser.parse_args()
     asked.output.mkdir(parents=True, exist_ok=True)
@@ -42,11 +46,15 @@ def options(what: str) -> argparse.Namespace:
     return asked
 
 
-def setup(small: bool) -> tuple[ModelConfig, Recipe, Corpus]:
+def setup(asked: argparse.Namespace) -> tuple[ModelConfig, Recipe, Corpus]:
     """Model, recipe and text of all experiments."""
-    if small:
+    if asked.small:
         return SMALL_MODEL, SMALL_RECIPE, find_corpus(limit=300_000, only=["python"])
-    return MODEL, RECIPE, find_corpus(limit=1_000_000, only=DOMAINS)
+    return (
+        MODEL,
+        replace(RECIPE, steps=asked.steps or RECIPE.steps),
+        find_corpus(limit=1_000_000, only=DOMAINS),
+    )
 
 
 def router(**changes: Any) -> RouterConfig:

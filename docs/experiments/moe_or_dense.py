@@ -28,10 +28,11 @@ def contenders(model: ModelConfig) -> dict[str, ModelConfig]:
 def main() -> None:
     """Train every contender at two lengths: by tokens, and as many steps as the same FLOPs buy."""
     asked = options(__doc__ or "")
-    model, recipe, corpus = setup(asked.small)
+    model, recipe, corpus = setup(asked)
     table = Table(asked.output / "moe_or_dense.csv")
     models = contenders(model)
     budget = recipe.steps * next(iter(models.values())).flops_per_token(recipe.context)
+    models = {name: config for name, config in models.items() if asked.only in name}
     for seed in range(asked.seeds):
         for name, config in models.items():
             affordable = max(1, round(budget / config.flops_per_token(recipe.context)))
