@@ -65,7 +65,7 @@ def record(
         layer_ids=tuple(range(config.n_layers)),
         phase="mixed",
         source=f"trained from scratch on bytes and recorded on held-out text, {source}",
-        licence=f"routing ids: CC0-1.0; text they are from, not included: {licence}",
+        licence=f"of the text that was routed, which is not in here: {licence}",
         expert_ids=torch.cat(ids).numpy().astype(small),
         expert_weights=torch.cat(weights).float().numpy().astype(np.float16),
         sequence_offsets=np.arange(len(windows) + 1, dtype=np.int64) * context,
