@@ -1,1 +1,1 @@
-"""Routing that needs PyTorch: recordings in its format, capture from a running model."""
+"""Routing that needs PyTorch: recordings in its format, capture from a running model, a small model of our own."""

@@ -19,7 +19,7 @@ from moesim.hardware import list_clusters, list_gpus
 from moesim.model import list_models
 from moesim.plan import Maps
 from moesim.report import LayoutDetail, plan_table, ruled_out_table, run_table
-from moesim.routing import catalog_names, catalog_routing
+from moesim.routing import RoutingTrace, catalog_names, catalog_routing
 from moesim.scenario import DEFAULT_SCENARIO
 from moesim.units import format_bytes, format_bytes_per_s, format_flops_per_s, format_seconds
 
@@ -222,11 +222,17 @@ def catalog(what: str) -> list[dict[str, Any]]:
             {"name": path.stem, "file": str(path)} for path in sorted(DEFAULT_SCENARIO.parent.glob("*.yaml"))
         ]
     if what == "routing":
-        return [
-            {"name": name, "phase": catalog_routing(name).phase, "source": catalog_routing(name).provenance}
-            for name in catalog_names()
-        ]
+        return [_routing_row(name) for name in catalog_names()]
     raise ScenarioError("is no part of the catalog", value=what, fix=f"one of {', '.join(_CATALOGS)}")
+
+
+def _routing_row(name: str) -> dict[str, Any]:
+    found = catalog_routing(name)
+    if isinstance(found, RoutingTrace):
+        source = f"real, {found.n_tokens} tokens of {found.model}: {found.source}"
+    else:
+        source = found.provenance
+    return {"name": name, "phase": found.phase, "source": source}
 
 
 def tables(*found: Table, last: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Routing by name: generators in the catalog and in files of one's own."""
+"""Routing by name: generators and recorded traces in the catalog, and generators in files of one's own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 from moesim.errors import TraceError
 from moesim.routing.load_curves import LoadCurve
 from moesim.routing.synthetic import SyntheticRouting
+from moesim.routing.trace import RoutingTrace, read_trace
 
 __all__ = ["catalog_names", "catalog_routing", "default_routing", "read_generator", "write_generator"]
 
@@ -45,12 +46,13 @@ def _folder() -> Path:
 
 def catalog_names() -> list[str]:
     """Names of the routing sources in the catalog, plus ``uniform`` and ``zipf``."""
-    return sorted({*(file.stem for file in _folder().glob("*.yaml")), "uniform", "zipf"})
+    files = (file.stem for file in _folder().iterdir() if file.suffix in (".yaml", ".safetensors"))
+    return sorted({*files, "uniform", "zipf"})
 
 
 @lru_cache(maxsize=32)
-def catalog_routing(name: str) -> SyntheticRouting:
-    """Read one generator of the catalog.
+def catalog_routing(name: str) -> SyntheticRouting | RoutingTrace:
+    """Open one entry of the catalog: a generator, or a recorded trace, mapped to its file.
 
     Parameters
     ----------
@@ -62,6 +64,12 @@ def catalog_routing(name: str) -> SyntheticRouting:
     TraceError
         If there is none of that name, or its file says something else than the format.
     """
+    recorded = _folder() / f"{name}.safetensors"
+    return read_trace(recorded) if recorded.is_file() else _generator(name)
+
+
+@lru_cache(maxsize=32)
+def _generator(name: str) -> SyntheticRouting:
     if name == "uniform":
         return SyntheticRouting.uniform()
     if name == "zipf":
@@ -205,7 +213,7 @@ def default_routing(model: str | None = None) -> SyntheticRouting:
     model
         Catalog name of the model; None for the generator that stands for any.
     """
-    return catalog_routing(_own_generators().get(model or "", "default"))
+    return _generator(_own_generators().get(model or "", "default"))
 
 
 @lru_cache(maxsize=1)

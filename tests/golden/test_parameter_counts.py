@@ -12,6 +12,8 @@ import pytest
 from moesim.model import Published, count_parameters, list_models, load_model
 
 NAMES = [row.name for row in list_models()]
+OURS = {"moesim-bytes"}
+"""Trained here: the source is a page of the documentation."""
 
 CUT_OR_UNMET = {
     # (model, figure): (our count over the printed one - 1, why)
@@ -61,8 +63,8 @@ def test_unmet_figure_is_as_far_off_as_we_say(name, figure):
 def test_every_entry_states_source_and_figures():
     for name in NAMES:
         spec = load_model(name)
-        assert spec.source.startswith("https://huggingface.co/"), name
-        assert spec.published.source.startswith("https://"), name
+        assert spec.source.startswith("https://huggingface.co/") or name in OURS, name
+        assert spec.published.source.startswith("https://") or name in OURS, name
         assert spec.published.total or spec.published.active, name
         assert spec.published.active or not spec.is_moe, name
         counts_otherwise = spec.published.active_counts != "active" or spec.published.not_counted

@@ -60,8 +60,8 @@ def test_the_weights_a_token_meets_are_the_active_parameters(model):
     counted = count_parameters(load_model(model))
     case = case_of(model, Layout(), "train")
     extra = 0 if case.model.tied_embeddings else counted.embedding
-    # what is no matrix product: norms, biases, convolutions, the shared experts' scalar gate
-    assert weight_flops_per_token(case) / 2 == pytest.approx(counted.active - extra, rel=2e-3)
+    # what is no matrix product: norms (0.21% of the smallest), biases, convolutions, the shared experts' gate
+    assert weight_flops_per_token(case) / 2 == pytest.approx(counted.active - extra, rel=2.5e-3)
 
 
 @given(data=st.data(), model=st.sampled_from(MOE), phase=st.sampled_from(["prefill", "decode", "train"]))

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from moesim.errors import TraceError
+from moesim.model import load_model
 from moesim.routing import (
+    RoutingTrace,
     SyntheticRouting,
     catalog_names,
     catalog_routing,
@@ -168,9 +170,30 @@ def test_unknown_name_gets_the_nearest_and_the_list():
 @pytest.mark.parametrize("name", catalog_names())
 def test_every_catalog_entry_opens_and_says_where_it_is_from(name):
     source = open_trace(name)
+    if isinstance(source, RoutingTrace):
+        assert source.model == name
+        assert len(source.source) > 10
+        assert len(source.licence) > 10
+        return
     assert isinstance(source, SyntheticRouting)
     assert source.name == name
     assert len(source.provenance) > 10
+
+
+def test_the_recorded_trace_of_the_catalog_is_of_the_model_of_its_name():
+    trace, model = catalog_routing("moesim-bytes"), load_model("moesim-bytes")
+    assert isinstance(trace, RoutingTrace)
+    assert isinstance(trace.expert_ids, np.memmap)
+    assert (trace.n_layers, trace.n_experts, trace.top_k) == (
+        model.n_layers,
+        model.moe.n_experts,
+        model.moe.top_k,
+    )
+    assert trace.sequence_domains is not None
+    assert len(np.unique(trace.sequence_domains)) == len(trace.domains) == 8
+    trace.check()
+    assert (np.diff(trace.expert_weights, axis=-1) <= 0).all()  # by falling weight
+    assert trace.expert_weights.sum(-1, dtype=float) == pytest.approx(1.0, abs=2e-3)
 
 
 def test_unknown_catalog_name_is_refused():
