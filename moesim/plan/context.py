@@ -16,8 +16,8 @@ from moesim.model.spec import ModelSpec
 from moesim.network.choice import DispatchChoice, choose_dispatch
 from moesim.plan.loads import TrafficMaker
 from moesim.routing import RoutingSource, SyntheticRouting, default_routing, open_trace
+from moesim.routing.capacity import CapacityPolicy
 from moesim.scenario.schema import RoutingChoice, Scenario
-from moesim.work.capacity import CapacityConvention
 from moesim.work.case import Case, Layout
 from moesim.work.ops import FloatArray
 
@@ -37,7 +37,7 @@ class Choice:
 
     dispatch: str = "auto"
     overlap: Literal["none", "two-batch"] = "none"
-    capacity_factor: float | None = None
+    capacity: CapacityPolicy | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,6 @@ class Context:
     weight_dtype: str
     expert_dtype: str
     kv_dtype: str
-    capacity_convention: CapacityConvention = "megatron"
     seed: int = 0
     max_drawn_tokens: int = 8192
     """Tokens drawn for one expert group; larger batches are extrapolated from them."""
@@ -87,7 +86,6 @@ class Context:
             weights,
             experts,
             kv_dtype,
-            scenario.policy.capacity_convention,
             scenario.seed,
             max_drawn_tokens,
             max_flows,
@@ -148,8 +146,7 @@ class Context:
             dispatch,
             choice.overlap if exchanges else "none",
             DISPATCH_FP8_BYTES if fp8_out else 2.0,
-            choice.capacity_factor,
-            self.capacity_convention,
+            choice.capacity,
         )
 
     def dispatch(self, cluster: Cluster, layout: Layout, wanted: str, phase: str) -> DispatchChoice:

@@ -222,7 +222,7 @@ class StageExchanges:
     def _traffic(self, op: Exchange, layer: int, repeat: int, group: IntArray) -> Traffic:
         """The same, less what is dropped over capacity: as in the price, each rank gets a share of its own."""
         traffic, case = self._of_layer(layer), self.of.case
-        if case.capacity_factor is None:
+        if case.capacity is None:
             return traffic
         members = np.flatnonzero(group == group[0])
         near, far = (

@@ -9,7 +9,7 @@ from moesim.engine import Timeline
 from moesim.errors import LayoutError
 from moesim.hardware.cluster import Cluster
 from moesim.plan.context import Choice, Context
-from moesim.plan.outcome import Outcome, cluster_row, layout_row
+from moesim.plan.outcome import Outcome, cluster_row, layout_row, loss_row
 from moesim.plan.planner import outcome_of
 from moesim.plan.space import Refused, check_sizes, choices_of, facts_of
 from moesim.scenario.schema import Scenario
@@ -154,7 +154,7 @@ def _refused_row(refused: Refused) -> dict[str, Any]:
         "memory_bytes": refused.memory_bytes,
         **empty,
         "breakdown_s": None,
-        "dropped_fraction": None,
+        **loss_row(None, 0),
         "band": {"low": None, "high": None},
         "calibrated": None,
         "engine": None,

@@ -18,6 +18,7 @@ from moesim.metrics import breakdown_s
 from moesim.plan.context import Context
 from moesim.plan.exchanges import LinkedExchanges, StageExchanges
 from moesim.plan.played import Played
+from moesim.routing.capacity import CapacityLoss
 from moesim.work.case import Case, Stage
 from moesim.work.ffn import ExpertTraffic
 from moesim.work.forward import forward_step
@@ -43,8 +44,8 @@ class Pass:
     """(n_points,) time of one send from stage to stage."""
     traffic: ExpertTraffic | None
     """Of one micro-batch, over all MoE layers."""
-    dropped_fraction: FloatArray
-    """(n_points,) share of token-expert pairs over capacity."""
+    loss: CapacityLoss | None
+    """What a capacity does; None for a dense model."""
     exchanges: LinkedExchanges | None = None
     """What the engine needs to play its token exchanges as flows; None for a dense model."""
     row_of: NDArray[np.intp] | None = None
@@ -222,7 +223,15 @@ def run_pass(
     timed = time_step(build(step) if build else step, pricer)
     stage_s = np.stack([timed.makespan_s(_held(case, stage)) for stage in case.stages])
     hop_s = _hop_s(case, micro, pricer)
-    return Pass(case, batch, n_micro, timed, stage_s, hop_s, traffic, step.dropped_fraction, exchanges)
+    loss = None if traffic is None else _loss(traffic, step.dropped_fraction)
+    return Pass(case, batch, n_micro, timed, stage_s, hop_s, traffic, loss, exchanges)
+
+
+def _loss(traffic: ExpertTraffic, dropped: FloatArray) -> CapacityLoss:
+    none = np.zeros_like(dropped)
+    rows = traffic.tokens_per_slot.sum(axis=3)
+    before = (rows.max(axis=2) / np.maximum(rows.mean(axis=2), 1e-12)).mean(axis=1)
+    return CapacityLoss(dropped, None, none, none, none, np.asarray(before))
 
 
 def _held(case: Case, stage: Stage) -> frozenset[int]:

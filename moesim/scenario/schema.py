@@ -34,6 +34,10 @@ Placements = Annotated[
     Choices[str], *names("contiguous", "round-robin", "balanced", "eplb", files=(".json", ".yaml", ".yml"))
 ]
 Overlaps = Annotated[Choices[str], *names("none", "two-batch")]
+Conventions = Annotated[Choices[str], *names("megatron", "tutel", "megablocks")]
+Overflows = Annotated[Choices[str], *names("drop-position", "drop-weight", "reroute")]
+Paddings = Annotated[Choices[str], *names("none", "capacity")]
+Routers = Annotated[Choices[str], *names("top-k", "expert-choice")]
 Dispatches = Annotated[
     Choices[str], *names("auto", "low-latency", "normal", "nccl", "allgather", "allreduce")
 ]
@@ -216,14 +220,34 @@ class Policy(_Part):
     """Capacity, overlap and dispatch."""
 
     capacity_factor: Factors = Choices((None,))
-    """Tokens that an expert takes, over the mean; the rest are dropped. none keeps them all."""
-    capacity_convention: Literal["megatron", "tutel", "megablocks"] = "megatron"
-    """Whose rounding and whose tokens `capacity_factor` counts; see docs/scenario.md."""
+    """Tokens that an expert takes, over the mean. none keeps them all, and the next four keys say nothing."""
+    capacity_convention: Conventions = Choices(("megatron",))
+    """Whose rounding, and whose tokens share a capacity: each source rank's (`megatron`, `tutel`) or the group's."""
+    overflow: Overflows = Choices(("drop-position",))
+    """Tokens beyond the capacity: the last ones are dropped, those of least router weight, or they go to the next
+    preferred expert with room."""
+    padding: Paddings = Choices(("none",))
+    """Whether experts compute the tokens they have, or, `capacity`, as many rows as they may take."""
+    router: Routers = Choices(("top-k",))
+    """Tokens choose `top-k` experts; with `expert-choice` each expert takes its capacity of tokens."""
     overlap: Overlaps | None = None
     """Communication behind computation: none, or two half batches in turn; a plan tries both, a run none."""
     dispatch: Dispatches = Choices(("auto",))
     """How tokens reach their experts: `auto`, what the backend would take; `low-latency`, `normal` (DeepEP), `nccl`,
     `allgather` between attention replicas; `allreduce` inside one that spans the expert group."""
+
+    @model_validator(mode="after")
+    def _with_a_capacity(self) -> Self:
+        if None in self.capacity_factor.values:
+            for key, asked, what in (
+                ("router", "expert-choice", self.router),
+                ("padding", "capacity", self.padding),
+            ):
+                if asked in what.values:
+                    raise refuse(
+                        f"{key}: {asked} needs a capacity_factor", "write capacity_factor: 1.25", "none"
+                    )
+        return self
 
 
 class Targets(_Part):

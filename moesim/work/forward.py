@@ -9,8 +9,8 @@ import numpy as np
 
 from moesim.errors import LayoutError
 from moesim.model.spec import LayerSpec
+from moesim.routing.capacity import expert_capacity
 from moesim.work.attention import ACTIVATION_BYTES, Named, attention_ops, cross_projection, tp_sum
-from moesim.work.capacity import expert_capacity
 from moesim.work.case import Case, Stage
 from moesim.work.ffn import ExpertTraffic, dense_ops, expert_ops, head_ops, loss_ops, sequence_cut
 from moesim.work.ops import Elementwise, FloatArray, Pause
@@ -48,7 +48,7 @@ def forward_step(
         raise LayoutError("at most two micro-batches overlap", value=n_micro)
     micros = [batch.share(1 / n_micro) for _ in range(n_micro)]
     dropped = np.zeros(batch.n_points)
-    if traffic and case.capacity_factor is not None:
+    if traffic and case.capacity is not None:
         clipped = [_clip(case, one) for one in traffic]
         traffic = [one for one, _ in clipped]
         dropped = np.mean([share for _, share in clipped], axis=0)
@@ -117,11 +117,11 @@ def _clip(case: Case, traffic: ExpertTraffic) -> tuple[ExpertTraffic, FloatArray
     rows = traffic.tokens_per_slot
     total = rows.sum(axis=(2, 3), keepdims=True)
     moe = case.model.moe
-    if moe is None or case.capacity_factor is None or not rows.shape[1]:
+    if moe is None or case.capacity is None or not rows.shape[1]:
         return traffic, np.zeros(len(rows))
     n_slots = rows.shape[2] * rows.shape[3]
     capacity = expert_capacity(
-        total / moe.top_k, n_slots, moe.top_k, case.capacity_factor, case.capacity_convention
+        total / moe.top_k, n_slots, moe.top_k, case.capacity.factor, case.capacity.convention
     )
     kept = np.minimum(rows, capacity)
     share = 1.0 - kept.sum(axis=(1, 2, 3)) / total.sum(axis=(1, 2, 3))

@@ -7,6 +7,7 @@ import pytest
 
 from moesim.errors import LayoutError
 from moesim.plan.context import Choice
+from moesim.routing.capacity import CapacityPolicy
 from moesim.work.case import Layout
 from moesim.work.forward import forward_step
 from moesim.work.memory import TrainingState
@@ -231,7 +232,7 @@ def test_capacity_drops_rows_and_their_copies():
     free = made("mixtral-8x7b", layout, batch)
     dropped, sent = [], []
     for factor in (0.25, 0.5, 1.0, 1.5, 8.0):
-        step = made("mixtral-8x7b", layout, batch, Choice(capacity_factor=factor))
+        step = made("mixtral-8x7b", layout, batch, Choice(capacity=CapacityPolicy(factor)))
         [experts], [out] = ops_of(step, ExpertFfn), ops_of(step, Dispatch)
         dropped.append(float(step.dropped_fraction[0]))
         sent.append(float((out.sent_nvlink + out.sent_nic).sum()))
