@@ -15,7 +15,7 @@ from moesim.plan.space import Refused, check_sizes, choices_of, facts_of
 from moesim.scenario.schema import Scenario
 from moesim.work.case import Layout
 
-__all__ = ["Run", "price_one", "run", "simulated"]
+__all__ = ["Priced", "Run", "price_one", "priced_in", "run", "simulated"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,9 @@ def price_one(scenario: Scenario) -> Outcome:
 
 
 @dataclass(frozen=True, eq=False)
-class _Priced:
+class Priced:
+    """One layout at one size, or why it is out."""
+
     context: Context
     cluster: Cluster
     layout: Layout
@@ -72,14 +74,24 @@ class _Priced:
     outcome: Outcome | Refused
 
 
-def _priced(scenario: Scenario) -> _Priced:
+def _priced(scenario: Scenario) -> Priced:
     scenario = scenario.single()
-    context = Context.of(scenario)
     (cluster,) = scenario.cluster.clusters()
+    return priced_in(Context.of(scenario), cluster, scenario)
+
+
+def priced_in(context: Context, cluster: Cluster, scenario: Scenario) -> Priced:
+    """Price the one layout of a scenario whose model, routing and cluster are loaded already.
+
+    Raises
+    ------
+    MoesimError
+        If the layout does not divide, or the routing is of another model.
+    """
     layout = layout_of(scenario, context, cluster)
     (choice,) = choices_of(scenario.policy, plan=False, exchanges=True)
     outcome = outcome_of(scenario, context, cluster, layout, choice)
-    return _Priced(context, cluster, layout, choice, _fitting(outcome))
+    return Priced(context, cluster, layout, choice, _fitting(outcome))
 
 
 def _fitting(outcome: Outcome | Refused) -> Outcome | Refused:

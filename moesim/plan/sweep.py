@@ -1,0 +1,190 @@
+"""Sweeps: one scenario at every combination of some keys' values."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from moesim.errors import LayoutError, MoesimError
+from moesim.hardware.cluster import Cluster
+from moesim.plan.answer import whole_run
+from moesim.plan.context import Context
+from moesim.plan.grid import Grid, inputs
+from moesim.plan.point_log import PointLog
+from moesim.plan.run import priced_in, simulated
+from moesim.plan.space import Refused
+from moesim.plan.tradeoff import tradeoff
+from moesim.scenario import Scenario
+
+__all__ = ["Told", "identity", "sweep"]
+
+CHUNKS_PER_JOB = 4
+"""Pieces that each process is given, so that none waits long for the others."""
+Told = dict[str, Any]
+"""``{"result": row}``, as `moesim run --json` has it, or ``{"refused": reason}``."""
+
+
+def sweep(
+    grid: Grid,
+    *,
+    engine: bool = False,
+    jobs: int = 1,
+    log: Path | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
+    """Price every point of a grid.
+
+    Parameters
+    ----------
+    grid
+        Points.
+    engine
+        Play each event by event too, as `moesim run` does.
+    jobs
+        Processes.
+    log
+        File that every point is appended to when it is priced; those that it has already are taken from it.
+    progress
+        Called with the fraction done.
+
+    Returns
+    -------
+    dict
+        As ``moesim sweep --json`` prints it: ``points`` in the order of the grid.
+
+    Raises
+    ------
+    ScenarioError
+        If `log` is a file of something else.
+    """
+    begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
+    known = PointLog(log) if log is not None else None
+    names = [identity(point.scenario, engine) if known and point.scenario else "" for point in grid.points]
+    told: dict[int, Told] = {}
+    todo: list[tuple[int, Scenario]] = []
+    for number, point in enumerate(grid.points):
+        if point.scenario is None:
+            told[number] = {"refused": point.refused}
+        elif known and names[number] in known.told:
+            told[number] = known.told[names[number]]
+        else:
+            todo.append((number, point.scenario))
+    n_resumed = sum(point.scenario is not None for point in grid.points) - len(todo)
+    other_cpu_s = 0.0
+    for number, one, cpu_s in _priced_anyhow(sorted(todo, key=lambda one: inputs(one[1])), engine, jobs):
+        told[number] = one
+        other_cpu_s += cpu_s
+        if known:
+            known.append(names[number], one)
+        if progress is not None:
+            progress(len(told) / len(grid.points))
+    cpu_s = time.process_time() - begin_cpu_s + other_cpu_s
+    return {
+        **_answer(grid, [told[number] for number in range(len(grid.points))]),
+        "n_resumed": n_resumed,
+        "elapsed_s": time.perf_counter() - begin_s,
+        "cpu_s": cpu_s,
+        "points_per_cpu_s": len(todo) / cpu_s if todo else None,
+    }
+
+
+def _answer(grid: Grid, told: Sequence[Told]) -> dict[str, Any]:
+    keys = [key.key for key in grid.keys]
+    points = [{"set": point.set, **one} for point, one in zip(grid.points, told, strict=True)]
+    return {
+        "scenario": grid.scenario,
+        "swept": keys,
+        "points": points,
+        "tradeoff": tradeoff(keys, points),
+        "warnings": list(grid.warnings),
+        "n_points": len(points),
+        "n_refused": sum("refused" in one for one in points),
+    }
+
+
+def identity(scenario: Scenario, engine: bool) -> str:
+    """What a point's result hangs on, as a short text: its scenario, the files it names, moesim's own."""
+    files = [scenario.model, scenario.routing.trace, scenario.profile, *(scenario.layout.placement or ())]
+    named = [Path(name) for name in files if name and Path(name).is_file()]
+    text = f"{_code()} {engine} {scenario.model_dump_json()} {_stamps(named)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """Modules and catalog, by size and time of change: another moesim may say something else."""
+    root = Path(__file__).resolve().parents[1]
+    return _stamps(sorted([*root.rglob("*.py"), *root.rglob("*.yaml")]))
+
+
+def _stamps(files: Sequence[Path]) -> str:
+    stats = [(file, file.stat()) for file in files]
+    text = repr([(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _priced_anyhow(
+    todo: Sequence[tuple[int, Scenario]], engine: bool, jobs: int
+) -> Iterator[tuple[int, Told, float]]:
+    """Number, result and other processes' CPU seconds of each point, in any order."""
+    if jobs == 1 or len(todo) < 2:
+        for number, told in _priced(todo, engine):
+            yield number, told, 0.0
+        return
+    size = -(-len(todo) // (jobs * CHUNKS_PER_JOB))
+    chunks = [todo[at : at + size] for at in range(0, len(todo), size)]
+    # forked copies of a process that has started threads may hang
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_ignore_interrupts) as pool:
+        try:
+            for done in as_completed([pool.submit(_priced_chunk, chunk, engine) for chunk in chunks]):
+                found, cpu_s = done.result()
+                for number, told in found:
+                    yield number, told, cpu_s / len(found)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches every process of the terminal; the first one stops the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _priced_chunk(todo: Sequence[tuple[int, Scenario]], engine: bool) -> tuple[list[tuple[int, Told]], float]:
+    begin_s = time.process_time()
+    found = list(_priced(todo, engine))
+    return found, time.process_time() - begin_s
+
+
+def _priced(todo: Sequence[tuple[int, Scenario]], engine: bool) -> Iterator[tuple[int, Told]]:
+    """Price points whose scenarios stand sorted by their inputs: one context is held at a time."""
+    held: tuple[str, Context] | None = None
+    clusters: dict[str, Cluster] = {}
+    for number, scenario in todo:
+        try:
+            if held is None or held[0] != inputs(scenario):
+                held = (inputs(scenario), Context.of(scenario))
+            key = scenario.cluster.model_dump_json()
+            if key not in clusters:  # prices are remembered by cluster
+                (clusters[key],) = scenario.cluster.clusters()
+            yield number, _told(held[1], clusters[key], scenario, engine)
+        except MoesimError as error:
+            yield number, {"refused": str(error.at(""))}
+
+
+def _told(context: Context, cluster: Cluster, scenario: Scenario, engine: bool) -> Told:
+    outcome = priced_in(context, cluster, scenario).outcome
+    if isinstance(outcome, Refused):
+        raise LayoutError(outcome.reason)
+    row: dict[str, Any]
+    if engine:
+        row, _ = simulated(outcome, 0)
+    else:
+        row = {**outcome.row(0), "engine": None}
+    return {"result": {**row, **whole_run(row, scenario)}}

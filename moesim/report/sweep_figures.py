@@ -1,0 +1,187 @@
+"""Figures of a sweep: each quantity against the key with most values, and the trade-off with its knees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from moesim.report import palette
+from moesim.report.figures import Figure, base_layout
+from moesim.report.sweep_words import Metric, by_name, key_names, shown_metrics, value_text, values_text
+from moesim.report.text import Record
+
+__all__ = ["Curve", "axis_of", "curves_of", "metric_figure", "tradeoff_figure"]
+
+COLORS = (*palette.SERIES, "#ddcc77", "#44aa99", "#882255")
+DASHES = ("solid", "dash", "dot", "dashdot")
+MOST_CURVES = len(COLORS) * len(DASHES)
+"""Curves that colours and dashes tell apart."""
+LOG_FROM = 20.0
+"""Largest over smallest value from which an axis is logarithmic."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points that differ only in the key of the x axis."""
+
+    name: str
+    """What the other keys are."""
+    numbers: tuple[int, ...]
+    """Of its points."""
+    color: str
+    dash: str
+
+
+def axis_of(told: Record) -> str:
+    """Key of the x axis: the one with most values, a number's before a name's."""
+    keys: list[str] = list(told["swept"])
+    values: dict[str, dict[Any, None]] = {key: {} for key in keys}
+    for point in told["points"]:
+        for key, value in point["set"].items():
+            values[key][value] = None
+
+    def rank(key: str) -> tuple[int, bool]:
+        return len(values[key]), all(isinstance(value, int | float) for value in values[key])
+
+    return max(keys, key=rank)
+
+
+def curves_of(told: Record, along: str) -> list[Curve]:
+    """Curves along one key, one for each setting of the others, as many as can be told apart."""
+    names = key_names(told["swept"])
+    found: dict[str, list[int]] = {}
+    for number, point in enumerate(told["points"]):
+        others = {key: value for key, value in point["set"].items() if key != along}
+        found.setdefault(values_text(others, names) if others else "", []).append(number)
+    return [
+        Curve(name, tuple(numbers), COLORS[at % len(COLORS)], DASHES[at // len(COLORS)])
+        for at, (name, numbers) in enumerate(list(found.items())[:MOST_CURVES])
+    ]
+
+
+def metric_figure(told: Record, metric: Metric, along: str, curves: Sequence[Curve]) -> Figure:
+    """One quantity against the key of the x axis; refused points leave gaps."""
+    unit = f" [{metric.unit}]" if metric.unit else ""
+    layout = base_layout(290, key_names(told["swept"])[along], f"{metric.title}{unit}", hovermode="closest")
+    values = [point["set"][along] for point in told["points"]]
+    is_number = all(isinstance(value, int | float) for value in values)
+    if not is_number:
+        layout["xaxis"] |= {"type": "category", "categoryarray": list(dict.fromkeys(map(value_text, values)))}
+        layout["xaxis"]["categoryorder"] = "array"
+    elif min(values) > 0 and max(values) >= LOG_FROM * min(values):
+        ticks = sorted(set(values))
+        layout["xaxis"] |= {"type": "log", "tickvals": ticks, "ticktext": [value_text(one) for one in ticks]}
+    data = [_line(told, metric, along, curve, is_number) for curve in curves]
+    drawn = [y for line in data for y in line["y"] if y is not None]
+    if drawn and min(drawn) < 0.4 * max(drawn):
+        layout["yaxis"]["rangemode"] = "tozero"
+    _draw_capacity(layout, told, metric, drawn)
+    return {"data": data, "layout": layout}
+
+
+def _line(told: Record, metric: Metric, along: str, curve: Curve, is_number: bool) -> dict[str, Any]:
+    points = [told["points"][number] for number in curve.numbers]
+    values = [metric.of(point.get("result") or {}) for point in points]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": escape(curve.name or metric.title),
+        "showlegend": False,
+        "x": [point["set"][along] if is_number else value_text(point["set"][along]) for point in points],
+        "y": [None if value is None else _digits(value * metric.scale) for value in values],
+        "text": [_hover(told, point) for point in points],
+        "hovertemplate": "%{text}<extra></extra>",
+        "line": {"color": curve.color, "dash": curve.dash, "width": 2},
+        "marker": {"size": 6, "color": curve.color},
+    }
+
+
+def _draw_capacity(layout: dict[str, Any], told: Record, metric: Metric, drawn: Sequence[float]) -> None:
+    """A dashed line at what a GPU holds, where the memory used comes near it."""
+    if metric.name != "memory_bytes.total" or not drawn:
+        return
+    held = {point["result"]["memory_bytes"]["capacity"] for point in told["points"] if "result" in point}
+    if len(held) == 1 and (most := held.pop() * metric.scale) < 1.6 * max(drawn):
+        line = {"color": "#882255", "width": 1.5, "dash": "dash"}
+        at = {"x0": 0, "x1": 1, "y0": most, "y1": most}
+        layout["shapes"] = [{"type": "line", "xref": "paper", "yref": "y", "line": line, **at}]
+        note = {"x": 0.01, "y": most, "xref": "paper", "yref": "y", "text": "what a GPU holds"}
+        note |= {"xanchor": "left", "yanchor": "bottom", "showarrow": False}
+        layout["annotations"] = [note | {"font": {"color": "#882255", "size": 12}}]
+        layout["yaxis"]["range"] = [0, 1.12 * most]
+
+
+def tradeoff_figure(told: Record) -> Figure | None:
+    """What is given up against the time that it buys, knees marked; None where nothing is traded."""
+    trade = told.get("tradeoff")
+    if not trade:
+        return None
+    x, y = by_name(trade["x"]), by_name(trade["y"])
+    names = key_names(told["swept"])
+    layout = base_layout(430, _title(x), _title(y), hovermode="closest")
+    layout["yaxis"]["rangemode"] = "tozero"
+    data: list[dict[str, Any]] = []
+    notes: list[dict[str, Any]] = []
+    for at, curve in enumerate(trade["curves"][:MOST_CURVES]):
+        color, dash = COLORS[at % len(COLORS)], DASHES[at // len(COLORS)]
+        points = [told["points"][number] for number in curve["points"]]
+        xs = [_digits((x.of(point["result"]) or 0.0) * x.scale) for point in points]
+        ys = [_digits((y.of(point["result"]) or 0.0) * y.scale) for point in points]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers+text" if len(trade["curves"]) <= 2 else "lines+markers",
+                "name": escape(values_text(curve["set"], names)) if curve["set"] else "points",
+                "showlegend": len(trade["curves"]) > 1,
+                "x": xs,
+                "y": ys,
+                "text": [value_text(point["set"][trade["along"]]) for point in points],
+                "textposition": "top right",
+                "textfont": {"size": 11, "color": "#5d6973"},
+                "customdata": [_hover(told, point) for point in points],
+                "hovertemplate": "%{customdata}<extra></extra>",
+                "line": {"color": color, "dash": dash, "width": 2},
+                "marker": {"size": 7, "color": color},
+            }
+        )
+        if curve["knee"] is not None:
+            knee = curve["points"].index(curve["knee"])
+            notes.append(
+                _knee(xs[knee], ys[knee], names[trade["along"]], points[knee]["set"][trade["along"]])
+            )
+            data.append(_ring(xs[knee], ys[knee]))
+    layout["annotations"] = notes if len(notes) <= 4 else []
+    return {"data": data, "layout": layout}
+
+
+def _ring(x: float, y: float) -> dict[str, Any]:
+    marker = {"size": 17, "symbol": "circle-open", "color": palette.INK, "line": {"width": 2}}
+    ring = {"type": "scatter", "mode": "markers", "name": "knee", "x": [x], "y": [y], "marker": marker}
+    return ring | {"hoverinfo": "skip", "showlegend": False}
+
+
+def _knee(x: float, y: float, name: str, value: Any) -> dict[str, Any]:
+    text = f"<b>knee</b>: {escape(name)} {escape(value_text(value))}"
+    note = {"x": x, "y": y, "text": text, "showarrow": True, "arrowhead": 0, "arrowcolor": palette.INK}
+    return note | {"ax": 60, "ay": -46, "standoff": 9, "bgcolor": "rgba(255,255,255,0.85)"}
+
+
+def _title(metric: Metric) -> str:
+    return f"{metric.title}{f' [{metric.unit}]' if metric.unit else ''}"
+
+
+def _hover(told: Record, point: Mapping[str, Any]) -> str:
+    names = key_names(told["swept"])
+    lines = [f"<b>{escape(values_text(point['set'], names))}</b>"]
+    if "refused" in point:
+        return "<br>".join([*lines, escape(str(point["refused"]))])
+    for metric in shown_metrics(told["points"]):
+        lines.append(f"{metric.title.lower()} {metric.text(metric.of(point['result']))}")
+    return "<br>".join(lines)
+
+
+def _digits(value: float) -> float:
+    """Five digits are more than a screen shows, and keep the page small."""
+    return float(f"{value:.5g}")

@@ -1,0 +1,131 @@
+"""A sweep as a table for the terminal and as a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from moesim.errors import UnitError
+from moesim.report.sweep_words import heading, key_names, refused_groups, shown_metrics, value_text
+from moesim.report.text import Record, plural
+from moesim.units import parse_bytes, parse_bytes_per_s, parse_seconds, parse_usd_per_gpu_hour
+
+__all__ = ["refused_table", "sweep_columns", "sweep_table", "write_sweep_csv"]
+
+UNITS: tuple[tuple[str, Callable[[object], float]], ...] = (
+    ("_bytes_per_s", parse_bytes_per_s),
+    ("_s", parse_seconds),
+    ("_bytes", parse_bytes),
+    ("_usd_per_gpu_hour", parse_usd_per_gpu_hour),
+)
+"""End of a column's name, and how the texts of its kind are read."""
+NAMED = {"band.low": "band.low_s", "band.high": "band.high_s"}
+
+
+def sweep_table(told: Record, limit: int = 200) -> Table:
+    """Points of a sweep, one a row: what was set, and the figures that tell them apart.
+
+    Parameters
+    ----------
+    told
+        The object of ``moesim sweep --json``.
+    limit
+        Rows at most.
+    """
+    done = [(number, point) for number, point in enumerate(told["points"]) if "result" in point]
+    names, metrics = key_names(told["swept"]), shown_metrics(told["points"])
+    table = _table(heading(told))
+    for name in [*names.values(), *(metric.short for metric in metrics)]:
+        table.add_column(name, justify="right")
+    knees = {curve["knee"] for curve in (told.get("tradeoff") or {}).get("curves", ())}
+    if knees - {None}:
+        table.add_column("")
+    for number, point in done[:limit]:
+        cells = [metric.text(metric.of(point["result"])) for metric in metrics]
+        mark = ["knee" if number in knees else ""] if knees - {None} else []
+        table.add_row(*(Text(value_text(point["set"][key])) for key in told["swept"]), *cells, *mark)
+    if len(done) > limit:
+        table.caption = f"{len(done) - limit:,} more points: see --csv or --json"
+    return table
+
+
+def refused_table(told: Record) -> Table:
+    """Points that are out, by reason."""
+    table = _table(f"{plural(told['n_refused'], 'point')} refused")
+    for name in ("points", "with", "why"):
+        table.add_column(name, justify="right" if name == "points" else "left")
+    for shared, n, reason in refused_groups(told):
+        table.add_row(f"{n:,}", Text(shared), Text(reason))
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.pad_edge = False
+    table.padding = (0, 1)
+    return table
+
+
+def sweep_columns(told: Record) -> list[dict[str, Any]]:
+    """Points as flat rows, all with the same columns: swept keys, ``refused``, then figures by dotted name.
+
+    A swept quantity is in SI units and its column's name ends in them: ``cluster.nic_bytes_per_s``.
+    """
+    points: Sequence[Record] = told["points"]
+    swept = {key: _in_si([point["set"][key] for point in points]) for key in told["swept"]}
+    flat = [_flat(point.get("result") or {}) for point in points]
+    columns = dict.fromkeys(
+        name for row in flat for name, value in row.items() if value is not None and name not in swept
+    )
+    rows = []
+    for number, point in enumerate(points):
+        row = {f"{key}{end}": values[number] for key, (end, values) in swept.items()}
+        rows.append(
+            row | {"refused": point.get("refused")} | {name: flat[number].get(name) for name in columns}
+        )
+    return rows
+
+
+def write_sweep_csv(path: Path, told: Record) -> Path:
+    """Write a sweep as CSV, one point a row; an older file there is replaced at once."""
+    rows = sweep_columns(told)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by dotted name; lists are left out."""
+    found: dict[str, Any] = {}
+    for key, one in value.items():
+        if isinstance(one, Mapping):
+            found |= _flat(one, f"{prefix}{key}.")
+        elif not isinstance(one, list | tuple):
+            name = f"{prefix}{key}"
+            found[NAMED.get(name, name)] = one
+    return found
+
+
+def _in_si(values: Sequence[Any]) -> tuple[str, list[Any]]:
+    """Values of a key with the end of its column's name; as they are where they are no quantities."""
+    if any(isinstance(value, str) for value in values):
+        for end, parse in UNITS:
+            try:
+                return end, [parse(value) for value in values]
+            except UnitError:
+                continue
+    return "", list(values)
