@@ -55,16 +55,21 @@ def curves_of(told: Record, along: str) -> list[Curve]:
     for number, point in enumerate(told["points"]):
         others = {key: value for key, value in point["set"].items() if key != along}
         found.setdefault(values_text(others, names) if others else "", []).append(number)
+    drawn = [
+        (name, numbers)
+        for name, numbers in found.items()
+        if any("result" in told["points"][number] for number in numbers)
+    ]
     return [
         Curve(name, tuple(numbers), COLORS[at % len(COLORS)], DASHES[at // len(COLORS)])
-        for at, (name, numbers) in enumerate(list(found.items())[:MOST_CURVES])
+        for at, (name, numbers) in enumerate(drawn[:MOST_CURVES])
     ]
 
 
 def metric_figure(told: Record, metric: Metric, along: str, curves: Sequence[Curve]) -> Figure:
     """One quantity against the key of the x axis; refused points leave gaps."""
-    unit = f" [{metric.unit}]" if metric.unit else ""
-    layout = base_layout(290, key_names(told["swept"])[along], f"{metric.title}{unit}", hovermode="closest")
+    scale, unit = metric.axis([metric.of(point.get("result") or {}) for point in told["points"]])
+    layout = base_layout(290, key_names(told["swept"])[along], unit, hovermode="closest")
     values = [point["set"][along] for point in told["points"]]
     is_number = all(isinstance(value, int | float) for value in values)
     if not is_number:
@@ -73,7 +78,7 @@ def metric_figure(told: Record, metric: Metric, along: str, curves: Sequence[Cur
     elif min(values) > 0 and max(values) >= LOG_FROM * min(values):
         ticks = sorted(set(values))
         layout["xaxis"] |= {"type": "log", "tickvals": ticks, "ticktext": [value_text(one) for one in ticks]}
-    data = [_line(told, metric, along, curve, is_number) for curve in curves]
+    data = [_line(told, metric, scale, along, curve) for curve in curves]
     drawn = [y for line in data for y in line["y"] if y is not None]
     if drawn and min(drawn) < 0.4 * max(drawn):
         layout["yaxis"]["rangemode"] = "tozero"
@@ -81,8 +86,9 @@ def metric_figure(told: Record, metric: Metric, along: str, curves: Sequence[Cur
     return {"data": data, "layout": layout}
 
 
-def _line(told: Record, metric: Metric, along: str, curve: Curve, is_number: bool) -> dict[str, Any]:
+def _line(told: Record, metric: Metric, scale: float, along: str, curve: Curve) -> dict[str, Any]:
     points = [told["points"][number] for number in curve.numbers]
+    is_number = all(isinstance(point["set"][along], int | float) for point in told["points"])
     values = [metric.of(point.get("result") or {}) for point in points]
     return {
         "type": "scatter",
@@ -90,7 +96,7 @@ def _line(told: Record, metric: Metric, along: str, curve: Curve, is_number: boo
         "name": escape(curve.name or metric.title),
         "showlegend": False,
         "x": [point["set"][along] if is_number else value_text(point["set"][along]) for point in points],
-        "y": [None if value is None else _digits(value * metric.scale) for value in values],
+        "y": [None if value is None else _digits(value * scale) for value in values],
         "text": [_hover(told, point) for point in points],
         "hovertemplate": "%{text}<extra></extra>",
         "line": {"color": curve.color, "dash": curve.dash, "width": 2},
@@ -119,41 +125,66 @@ def tradeoff_figure(told: Record) -> Figure | None:
     if not trade:
         return None
     x, y = by_name(trade["x"]), by_name(trade["y"])
-    names = key_names(told["swept"])
-    layout = base_layout(430, _title(x), _title(y), hovermode="closest")
+    drawn = [told["points"][number]["result"] for curve in trade["curves"] for number in curve["points"]]
+    scale, unit = x.axis([x.of(result) for result in drawn])
+    layout = base_layout(430, f"{x.title} [{unit}]", f"{y.title} [{y.unit}]", hovermode="closest")
     layout["yaxis"]["rangemode"] = "tozero"
     data: list[dict[str, Any]] = []
-    notes: list[dict[str, Any]] = []
     for at, curve in enumerate(trade["curves"][:MOST_CURVES]):
-        color, dash = COLORS[at % len(COLORS)], DASHES[at // len(COLORS)]
         points = [told["points"][number] for number in curve["points"]]
-        xs = [_digits((x.of(point["result"]) or 0.0) * x.scale) for point in points]
+        xs = [_digits((x.of(point["result"]) or 0.0) * scale) for point in points]
         ys = [_digits((y.of(point["result"]) or 0.0) * y.scale) for point in points]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers+text" if len(trade["curves"]) <= 2 else "lines+markers",
-                "name": escape(values_text(curve["set"], names)) if curve["set"] else "points",
-                "showlegend": len(trade["curves"]) > 1,
-                "x": xs,
-                "y": ys,
-                "text": [value_text(point["set"][trade["along"]]) for point in points],
-                "textposition": "top right",
-                "textfont": {"size": 11, "color": "#5d6973"},
-                "customdata": [_hover(told, point) for point in points],
-                "hovertemplate": "%{customdata}<extra></extra>",
-                "line": {"color": color, "dash": dash, "width": 2},
-                "marker": {"size": 7, "color": color},
-            }
-        )
+        data.append(_traded(told, curve, points, xs, ys) | _stroke(at))
         if curve["knee"] is not None:
             knee = curve["points"].index(curve["knee"])
-            notes.append(
-                _knee(xs[knee], ys[knee], names[trade["along"]], points[knee]["set"][trade["along"]])
-            )
             data.append(_ring(xs[knee], ys[knee]))
-    layout["annotations"] = notes if len(notes) <= 4 else []
+            if len(trade["curves"]) <= 4:
+                note = values_text(
+                    {trade["along"]: points[knee]["set"][trade["along"]]}, key_names(told["swept"])
+                )
+                layout.setdefault("annotations", []).append(_knee(xs[knee], ys[knee], note))
     return {"data": data, "layout": layout}
+
+
+def _traded(
+    told: Record, curve: Record, points: Sequence[Record], xs: list[float], ys: list[float]
+) -> dict[str, Any]:
+    """One curve of the trade-off; of a single one, points far enough apart are named."""
+    trade, names = told["tradeoff"], key_names(told["swept"])
+    texts = [value_text(point["set"][trade["along"]]) for point in points]
+    is_alone = len(trade["curves"]) == 1
+    hidden = None if curve["knee"] is None else curve["points"].index(curve["knee"])
+    return {
+        "type": "scatter",
+        "mode": "lines+markers+text" if is_alone else "lines+markers",
+        "name": escape(values_text(curve["set"], names)) if curve["set"] else "points",
+        "showlegend": not is_alone,
+        "x": xs,
+        "y": ys,
+        "text": ["" if at == hidden else text for at, text in enumerate(_apart(texts, xs, ys))],
+        "textposition": "top right",
+        "textfont": {"size": 11, "color": "#5d6973"},
+        "customdata": [_hover(told, point) for point in points],
+        "hovertemplate": "%{customdata}<extra></extra>",
+    }
+
+
+def _apart(texts: Sequence[str], xs: Sequence[float], ys: Sequence[float]) -> list[str]:
+    """Texts of points, less those that would lie on one before."""
+    width, height = max(xs) - min(xs) or 1.0, max(ys) - min(ys) or 1.0
+    kept: list[tuple[float, float]] = []
+    found = []
+    for text, x, y in zip(texts, xs, ys, strict=True):
+        free = all(abs(x - at) > 0.05 * width or abs(y - up) > 0.05 * height for at, up in kept)
+        kept += [(x, y)] * free
+        found.append(text if free else "")
+    return found
+
+
+def _stroke(at: int) -> dict[str, Any]:
+    color = COLORS[at % len(COLORS)]
+    line = {"color": color, "dash": DASHES[at // len(COLORS)], "width": 2}
+    return {"line": line, "marker": {"size": 7, "color": color}}
 
 
 def _ring(x: float, y: float) -> dict[str, Any]:
@@ -162,14 +193,10 @@ def _ring(x: float, y: float) -> dict[str, Any]:
     return ring | {"hoverinfo": "skip", "showlegend": False}
 
 
-def _knee(x: float, y: float, name: str, value: Any) -> dict[str, Any]:
-    text = f"<b>knee</b>: {escape(name)} {escape(value_text(value))}"
+def _knee(x: float, y: float, words: str) -> dict[str, Any]:
+    text = f"<b>knee</b>: {escape(words)}"
     note = {"x": x, "y": y, "text": text, "showarrow": True, "arrowhead": 0, "arrowcolor": palette.INK}
     return note | {"ax": 60, "ay": -46, "standoff": 9, "bgcolor": "rgba(255,255,255,0.85)"}
-
-
-def _title(metric: Metric) -> str:
-    return f"{metric.title}{f' [{metric.unit}]' if metric.unit else ''}"
 
 
 def _hover(told: Record, point: Mapping[str, Any]) -> str:
@@ -178,7 +205,7 @@ def _hover(told: Record, point: Mapping[str, Any]) -> str:
     if "refused" in point:
         return "<br>".join([*lines, escape(str(point["refused"]))])
     for metric in shown_metrics(told["points"]):
-        lines.append(f"{metric.title.lower()} {metric.text(metric.of(point['result']))}")
+        lines.append(f"{metric.words} {metric.text(metric.of(point['result']))}")
     return "<br>".join(lines)
 
 

@@ -88,7 +88,7 @@ def _add_tradeoff(page: Page, told: Record) -> None:
     x, y = by_name(trade["x"]), by_name(trade["y"])
     name = key_names(told["swept"])[trade["along"]]
     page.add(
-        f"<section><h2>What {escape(y.title.lower())} buys in time</h2>"
+        f"<section><h2>{escape(y.title)} against {escape(x.words)}</h2>"
         f'<p class="note">Each point is a {escape(name)}; lower and further left is better. '
         f"Knee: {escape(trade['definition'])}.</p>"
     )
@@ -113,12 +113,11 @@ def _add_figures(page: Page, told: Record) -> None:
     for metric in drawn:
         page.add(f"<div><h3>{escape(metric.title)}</h3>")
         figure = metric_figure(told, metric, along, curves)
-        figure["layout"]["yaxis"]["title"]["text"] = metric.unit
         page.figure(figure, f"{metric.title} against {names[along]}")
         page.add("</div>")
     page.add("</div>")
     result = next(point["result"] for point in told["points"] if "result" in point)
-    lines = [f"{metric.title.lower()} {metric.text(metric.of(result))}" for metric in same]
+    lines = [f"{metric.words} {metric.text(metric.of(result))}" for metric in same]
     page.add(f'<p class="note">The same at all points: {escape(", ".join(lines))}.</p>' if same else "")
     page.add("</section>")
 

@@ -39,6 +39,17 @@ class Metric:
     unit: str = ""
     """Of an axis."""
 
+    @property
+    def words(self) -> str:
+        """The title inside of a sentence."""
+        return self.title if self.title[1].isupper() else f"{self.title[0].lower()}{self.title[1:]}"
+
+    def axis(self, values: Sequence[float | None]) -> tuple[float, str]:
+        """Scale and unit of an axis for some values: seconds where milliseconds would be thousands."""
+        if self.unit == "ms" and max((value or 0.0 for value in values), default=0.0) >= 2.0:
+            return 1.0, "s"
+        return self.scale, self.unit
+
     def of(self, result: Record) -> float | None:
         """Its value in a result; None where there is none."""
         *outer, last = self.name.split(".")
@@ -82,6 +93,7 @@ LASTING = ("tpot_s", "step_s", "tokens_per_s", "memory_bytes.total")
 """Shown even where they are the same at all points."""
 SAME = {
     "step_s": ("tpot_s", "ttft_s"),
+    "imbalance_before_capacity": ("imbalance",),
     "tokens_per_s_per_gpu": ("tokens_per_s",),
     "mfu": ("tokens_per_s",),
     "usd_per_mtok": ("tokens_per_s",),
@@ -161,9 +173,10 @@ def knee_words(told: Record, curve: Record) -> str:
     costs, (step, one) = curve["costs"], _unit_of(y)
     before, beyond = (seconds(costs[name] * step) for name in ("before", "beyond"))
     return (
-        f"{where} is a knee at {at}: {y.title.lower()} {y.text(y.of(point['result']))}, "
-        f"{x.title.lower()} {x.text(x.of(point['result']))}. "
-        f"Up to there {one} less costs {before}, beyond it {beyond}."
+        f"{where} is a knee at {at}: {y.words} {y.text(y.of(point['result']))}, "
+        f"{x.words} {x.text(x.of(point['result']))}. "
+        f"Up to there {one} less costs {before}, beyond it {beyond}: {costs['beyond'] / costs['before']:.1f} "
+        "times as much."
     )
 
 

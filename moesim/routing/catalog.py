@@ -24,6 +24,7 @@ _FIGURES = (
     "token_step",
     "layer_link",
     "zipf_exponent",
+    "skew",
     "seed",
 )
 _KEYS = ("name", "kind", "phase", "models", "parameters", "provenance", "quality", "synthetic")

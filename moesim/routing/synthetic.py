@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import TraceError
+from moesim.routing.imbalance import collapsed_inclusion, skewed_inclusion
 from moesim.routing.sampling import group_limited_draw, inclusion_probabilities, systematic_draw
 
 __all__ = ["RoutingShape", "SyntheticRouting", "decode_bank", "popularity", "prefill_bank"]
@@ -73,7 +74,8 @@ class SyntheticRouting:
         Catalog name, or ``uniform`` or ``zipf``.
     kind
         ``fitted``: log-normal popularity per layer; ``zipf``: popularity of rank r as r**-`zipf_exponent`,
-        in random order per layer; ``uniform``: every expert the same and tokens independent.
+        in random order per layer; ``uniform``: every expert the same and tokens independent; ``skew``: as uneven
+        as `skew` says in every layer; ``collapsed``: as :func:`moesim.routing.imbalance.collapsed_inclusion`.
     phase
         Phase that the figures were fitted on; ``mixed`` for either.
     log_sigma, log_sigma_spread
@@ -94,6 +96,8 @@ class SyntheticRouting:
         much about the next layer's.
     zipf_exponent
         Exponent of ``zipf``.
+    skew
+        Unevenness of ``skew``: Gini coefficient over the largest that distinct experts allow, below 1.
     seed
         Seed of the popularity and of the bank of tokens.
     provenance
@@ -101,7 +105,7 @@ class SyntheticRouting:
     """
 
     name: str
-    kind: Literal["fitted", "uniform", "zipf"] = "fitted"
+    kind: Literal["fitted", "uniform", "zipf", "skew", "collapsed"] = "fitted"
     phase: str = "mixed"
     log_sigma: float = 0.6
     log_sigma_spread: float = 0.15
@@ -111,12 +115,13 @@ class SyntheticRouting:
     token_step: float = 1.0
     layer_link: float = 0.0
     zipf_exponent: float = 1.0
+    skew: float = 0.0
     seed: int = 0
     provenance: str = "asked for by the user"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("fitted", "uniform", "zipf"):
-            fix = "one of fitted, uniform, zipf"
+        if self.kind not in ("fitted", "uniform", "zipf", "skew", "collapsed"):
+            fix = "one of fitted, uniform, zipf, skew, collapsed"
             raise TraceError(
                 "unknown kind of synthetic routing", value=self.kind, fix=fix, place="routing.kind"
             )
@@ -127,6 +132,7 @@ class SyntheticRouting:
             "token_step",
             "layer_link",
             "zipf_exponent",
+            "skew",
         ):
             value = getattr(self, name)
             if not value >= 0 or (np.isinf(value) and name != "token_step"):
@@ -137,6 +143,8 @@ class SyntheticRouting:
                 rule = f"lies within -{_LARGEST_SKEW}..{_LARGEST_SKEW}"
                 raise TraceError(rule, value=getattr(self, name), place=f"routing.{name}")
 
+        if self.skew >= 1:
+            raise TraceError("is below 1", value=self.skew, place="routing.skew")
         if self.layer_link > 1:
             raise TraceError("is a share, at most 1", value=self.layer_link, place="routing.layer_link")
 
@@ -167,6 +175,12 @@ def popularity(source: SyntheticRouting, shape: RoutingShape) -> FloatArray:
     """
     size = (shape.n_layers, shape.n_experts)
     rng = np.random.default_rng([source.seed, shape.n_experts, shape.top_k, 1])
+    sizes = {"n_layers": shape.n_layers, "n_experts": shape.n_experts, "top_k": shape.top_k}
+    if source.kind == "skew":
+        return skewed_inclusion(source.skew, **sizes, rng=rng)
+    if source.kind == "collapsed":
+        groups = {"n_groups": shape.n_groups, "n_top_groups": shape.n_top_groups}
+        return collapsed_inclusion(**sizes, **groups, rng=rng)
     if source.kind == "uniform":
         weights: FloatArray = np.ones(size)
     elif source.kind == "zipf":
