@@ -25,7 +25,7 @@ from moesim.routing.synthetic import (
 )
 from moesim.routing.trace import RoutingTrace
 
-__all__ = ["Phase", "RoutingSource", "draw_batch", "inclusion", "layer_map"]
+__all__ = ["Phase", "RoutingSource", "draw_batch", "draw_weights", "inclusion", "layer_map"]
 
 FloatArray = NDArray[np.float64]
 IdArray = NDArray[np.uint16]
@@ -146,6 +146,31 @@ def draw_batch(
         planes = np.take(bank, at, axis=-1)
     planes = planes.reshape(shape.top_k, shape.n_layers, n_ranks, n_tokens)
     return np.moveaxis(planes, 0, -1)
+
+
+def draw_weights(
+    source: RoutingSource,
+    shape: RoutingShape,
+    *,
+    n_ranks: int,
+    n_tokens: int,
+    phase: Phase,
+    rng: np.random.Generator,
+) -> NDArray[np.float16] | None:
+    """Router weights of the batch that `draw_batch` draws from the same state of `rng`.
+
+    Returns
+    -------
+    (n_layers, n_ranks, n_tokens, top_k) float16
+        In the order of the batch's experts; None where the source has no weights.
+    """
+    if not isinstance(source, RoutingTrace) or source.expert_weights is None:
+        return None
+    at = _trace_tokens(source, n_ranks, n_tokens, phase, rng)
+    weights = np.asarray(source.expert_weights[at.ravel()], dtype=np.float16)
+    layers = layer_map(source, shape.n_layers)
+    planes = np.ascontiguousarray(weights.transpose(2, 1, 0)[:, layers])
+    return np.moveaxis(planes.reshape(shape.top_k, shape.n_layers, n_ranks, n_tokens), 0, -1)
 
 
 @lru_cache(maxsize=8)
