@@ -6,6 +6,7 @@ give batches (`draw_batch`); a `Placement` turns them into tokens per slot and t
 """
 
 from moesim.routing.batches import Phase, RoutingSource, draw_batch, inclusion
+from moesim.routing.capacity import Assigned, CapacityLoss, CapacityPolicy, apply_capacity, expert_capacity
 from moesim.routing.catalog import catalog_names, catalog_routing, default_routing
 from moesim.routing.describe import describe
 from moesim.routing.importers import open_trace, read_npz, read_sglang_counts
@@ -25,8 +26,11 @@ from moesim.routing.trace import RoutingTrace, read_trace, write_trace
 
 __all__ = [
     "EXCHANGE_KINDS",
+    "Assigned",
     "BatchCount",
     "BatchLoad",
+    "CapacityLoss",
+    "CapacityPolicy",
     "Exchange",
     "ExchangeKind",
     "Phase",
@@ -36,6 +40,7 @@ __all__ = [
     "RoutingTrace",
     "SyntheticRouting",
     "Traffic",
+    "apply_capacity",
     "balanced",
     "catalog_names",
     "catalog_routing",
@@ -46,6 +51,7 @@ __all__ = [
     "draw_batch",
     "eplb",
     "exchange_counts",
+    "expert_capacity",
     "inclusion",
     "load_points",
     "load_traffic",

@@ -336,7 +336,7 @@ def _drawn_rounds(
 
 def _preferred_rounds(next_planes: NDArray[Any]) -> Iterator[Propose]:
     """Each proposal is the token's next expert that was not proposed yet."""
-    wanted = next_planes.reshape(len(next_planes), -1)
+    wanted = next_planes.reshape(len(next_planes), int(np.prod(next_planes.shape[1:])))
     turn = np.zeros(wanted.shape[1], dtype=np.int64)
 
     def propose(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
