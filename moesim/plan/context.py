@@ -15,7 +15,7 @@ from moesim.model import load_model
 from moesim.model.spec import ModelSpec
 from moesim.network.choice import DispatchChoice, choose_dispatch
 from moesim.plan.loads import TrafficMaker
-from moesim.routing import RoutingSource, SyntheticRouting, default_routing, open_trace
+from moesim.routing import RoutingSource, RoutingTrace, SyntheticRouting, default_routing, open_trace
 from moesim.routing.capacity import CapacityPolicy
 from moesim.scenario.schema import RoutingChoice, Scenario
 from moesim.work.case import Case, Layout
@@ -215,6 +215,24 @@ class Context:
         idle = float((source.counts == 0).mean())
         if idle > MOST_IDLE:
             said.append(f"{idle:.0%} of the experts in the trace get no token: is it of this model?")
+        return said
+
+    def policy_warnings(self, scenario: Scenario) -> list[str]:
+        """What is assumed of a router where a capacity asks for more than its trace tells."""
+        policy = scenario.policy
+        if not self.model.is_moe or all(factor is None for factor in policy.capacity_factor):
+            return []
+        said: list[str] = []
+        choosing = "expert-choice" in policy.router.values
+        weighed = isinstance(self.source, RoutingTrace) and self.source.expert_weights is not None
+        if "drop-weight" in policy.overflow.values and not weighed:
+            said.append("the routing has no router weights: drop-weight drops by position")
+        if "reroute" in policy.overflow.values and "top-k" in policy.router.values:
+            said.append("assumed: rerouted tokens go to experts with room, drawn by popularity")
+        if choosing:
+            said.append("assumed: experts take the tokens that chose them, then tokens at random")
+        if choosing and scenario.workload.kind in ("decode", "serve"):
+            said.append("expert choice looks at all tokens of a batch: a causal decoder cannot be served so")
         return said
 
     def busiest(self, case: Case) -> float:
