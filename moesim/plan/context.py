@@ -8,14 +8,21 @@ from typing import Literal
 
 from moesim.cost.backend import TRAINING, Asked, Backend, backend_of
 from moesim.cost.price import Pricer
-from moesim.errors import ProfileError
+from moesim.errors import ProfileError, TraceError
 from moesim.hardware.cluster import Cluster
 from moesim.hardware.profile import Profile, open_profile, profile_for
 from moesim.model import load_model
 from moesim.model.spec import ModelSpec
 from moesim.network.choice import DispatchChoice, choose_dispatch
-from moesim.plan.loads import TrafficMaker
-from moesim.routing import RoutingSource, RoutingTrace, SyntheticRouting, default_routing, open_trace
+from moesim.plan.loads import TrafficMaker, routing_shape
+from moesim.routing import (
+    RoutingSource,
+    RoutingTrace,
+    SyntheticRouting,
+    default_routing,
+    inclusion,
+    open_trace,
+)
 from moesim.routing.capacity import CapacityPolicy
 from moesim.scenario.schema import RoutingChoice, Scenario
 from moesim.work.case import Case, Layout
@@ -57,6 +64,10 @@ class Context:
     """Flows of a step above which the engine keeps the price per port, where it could play more."""
     own_profile: Profile | None = None
     """Parameters that a user measured, for one GPU."""
+    placed_by: RoutingSource | None = None
+    """Routing that placements are made from, where it is not `source`."""
+    rebalance_every: int | None = None
+    """Steps until a placement made from `source` takes over."""
     _profiles: dict[str, Profile] = field(default_factory=dict)
     _makers: dict[str, TrafficMaker] = field(default_factory=dict)
     _memos: dict[int, tuple[Cluster, dict[Hashable, FloatArray]]] = field(default_factory=dict)
@@ -90,6 +101,8 @@ class Context:
             max_drawn_tokens,
             max_flows,
             _own_profile(scenario),
+            _placed_by(scenario, model),
+            scenario.layout.rebalance_every,
         )
         if backend.stand_in is not None:
             for cluster in scenario.cluster.clusters():
@@ -117,7 +130,9 @@ class Context:
     def traffic(self) -> TrafficMaker:
         """Maker of expert loads; keeps what it has drawn."""
         if "only" not in self._makers:
-            self._makers["only"] = TrafficMaker(self.model, self.source, self.seed, self.max_drawn_tokens)
+            self._makers["only"] = TrafficMaker(
+                self.model, self.source, self.seed, self.max_drawn_tokens, self.placed_by
+            )
         return self._makers["only"]
 
     def profile(self, cluster: Cluster) -> Profile:
@@ -268,6 +283,21 @@ def _own_profile(scenario: Scenario) -> Profile | None:
             place="profile",
         )
     return own
+
+
+def _placed_by(scenario: Scenario, model: ModelSpec) -> RoutingSource | None:
+    """Routing that placements are made from; refused where it is of another model."""
+    name = scenario.layout.placement_trace
+    if name is None or model.moe is None:
+        return None
+    source = _source(RoutingChoice(**RoutingChoice.from_text(name)), model)
+    try:
+        inclusion(source, routing_shape(model))
+    except TraceError as error:
+        raise TraceError(
+            error.rule, value=error.value, fix=error.fix, place="layout.placement_trace"
+        ) from None
+    return source
 
 
 def _source(choice: RoutingChoice, model: ModelSpec) -> RoutingSource:

@@ -19,6 +19,7 @@ from moesim.routing import (
     RoutingSource,
     Traffic,
     balanced,
+    coactivation,
     contiguous,
     eplb,
     inclusion,
@@ -26,12 +27,27 @@ from moesim.routing import (
     load_traffic,
     read_placement,
     round_robin,
+    some_tokens,
 )
 from moesim.routing.capacity import CapacityLoss, CapacityPolicy
 from moesim.work.case import Case, Layout
 from moesim.work.ffn import ExpertTraffic
 
-__all__ = ["TrafficMaker", "scaled_traffic"]
+__all__ = ["TrafficMaker", "routing_shape", "scaled_traffic"]
+
+
+def routing_shape(model: ModelSpec) -> RoutingShape:
+    """What a model's routers draw.
+
+    Raises
+    ------
+    LayoutError
+        If the model is dense.
+    """
+    moe = model.moe
+    if moe is None:
+        raise LayoutError("a dense model has no router")
+    return RoutingShape(len(model.moe_layers), moe.n_experts, moe.top_k, moe.n_groups, moe.top_groups)
 
 
 def scaled_traffic(traffic: Traffic, share: float) -> Traffic:
@@ -54,11 +70,21 @@ class TrafficMaker:
         Seed of the draws.
     max_tokens
         Most tokens drawn for one group.
+    placed_by
+        Trace or generator that placements are made from, where it is not `source`.
     """
 
-    def __init__(self, model: ModelSpec, source: RoutingSource, seed: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        source: RoutingSource,
+        seed: int,
+        max_tokens: int,
+        placed_by: RoutingSource | None = None,
+    ) -> None:
         self.model = model
         self.source = source
+        self.placed_by = placed_by or source
         self.seed = seed
         self.max_tokens = max_tokens
         self._placements: dict[tuple[object, ...], Placement] = {}
@@ -68,33 +94,39 @@ class TrafficMaker:
     @property
     def shape(self) -> RoutingShape:
         """What the model's routers draw."""
-        moe = self.model.moe
-        if moe is None:
-            raise LayoutError("a dense model has no router")
-        return RoutingShape(
-            len(self.model.moe_layers), moe.n_experts, moe.top_k, moe.n_groups, moe.top_groups
-        )
+        return routing_shape(self.model)
 
-    def placement(self, layout: Layout, ranks_per_domain: int) -> Placement:
-        """Experts in slots, by the layout's policy and the source's popularity."""
+    def placement(
+        self, layout: Layout, ranks_per_domain: int, placed_by: RoutingSource | None = None
+    ) -> Placement:
+        """Experts in slots, by the layout's policy and what is known of the routing: `placed_by`, or the maker's."""
         n_domains = max(1, layout.ep // ranks_per_domain) if layout.ep % ranks_per_domain == 0 else 1
-        key = (layout.placement, layout.ep, layout.redundant_experts, n_domains)
+        by = placed_by or self.placed_by
+        key = (layout.placement, layout.ep, layout.redundant_experts, n_domains, by)
         if key not in self._placements:
-            self._placements[key] = self._place(layout, n_domains)
+            self._placements[key] = self._place(layout, n_domains, by)
         return self._placements[key]
 
-    def _place(self, layout: Layout, n_domains: int) -> Placement:
+    def _place(self, layout: Layout, n_domains: int, by: RoutingSource) -> Placement:
         shape, ep, extra = self.shape, layout.ep, layout.redundant_experts
         match layout.placement:
             case "contiguous":
                 return contiguous(shape.n_experts, ep, extra)
             case "round-robin":
                 return round_robin(shape.n_experts, ep, extra)
-            case "balanced" if not extra:
-                return balanced(inclusion(self.source, shape), ep)
-            case "eplb" | "balanced":
+            case "balanced":
+                return balanced(inclusion(by, shape), ep, extra)
+            case "coactivation":
+                return coactivation(
+                    some_tokens(by, shape),
+                    inclusion(by, shape),
+                    n_slots=shape.n_experts + extra,
+                    n_ranks=ep,
+                    n_nodes=n_domains,
+                )
+            case "eplb":
                 return eplb(
-                    inclusion(self.source, shape),
+                    inclusion(by, shape),
                     n_slots=shape.n_experts + extra,
                     n_ranks=ep,
                     n_groups=shape.n_groups,

@@ -5,7 +5,7 @@ give batches (`draw_batch`); a `Placement` turns them into tokens per slot and t
 `load_points`).
 """
 
-from moesim.routing.batches import Phase, RoutingSource, draw_batch, inclusion
+from moesim.routing.batches import Phase, RoutingSource, draw_batch, inclusion, some_tokens
 from moesim.routing.capacity import Assigned, CapacityLoss, CapacityPolicy, apply_capacity, expert_capacity
 from moesim.routing.catalog import catalog_names, catalog_routing, default_routing
 from moesim.routing.describe import describe
@@ -19,8 +19,17 @@ from moesim.routing.load import (
     count_batch,
     exchange_counts,
 )
-from moesim.routing.placement import Placement, balanced, contiguous, eplb, read_placement, round_robin
+from moesim.routing.placement import (
+    Placement,
+    balanced,
+    coactivation,
+    contiguous,
+    eplb,
+    read_placement,
+    round_robin,
+)
 from moesim.routing.points import BatchLoad, load_points, load_traffic
+from moesim.routing.rebalance import Moved, aligned, moved_experts, rebalanced
 from moesim.routing.synthetic import RoutingShape, SyntheticRouting, popularity
 from moesim.routing.trace import RoutingTrace, read_trace, write_trace
 
@@ -33,6 +42,7 @@ __all__ = [
     "CapacityPolicy",
     "Exchange",
     "ExchangeKind",
+    "Moved",
     "Phase",
     "Placement",
     "RoutingShape",
@@ -40,10 +50,12 @@ __all__ = [
     "RoutingTrace",
     "SyntheticRouting",
     "Traffic",
+    "aligned",
     "apply_capacity",
     "balanced",
     "catalog_names",
     "catalog_routing",
+    "coactivation",
     "contiguous",
     "count_batch",
     "default_routing",
@@ -55,12 +67,15 @@ __all__ = [
     "inclusion",
     "load_points",
     "load_traffic",
+    "moved_experts",
     "open_trace",
     "popularity",
     "read_npz",
     "read_placement",
     "read_sglang_counts",
     "read_trace",
+    "rebalanced",
     "round_robin",
+    "some_tokens",
     "write_trace",
 ]

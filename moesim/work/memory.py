@@ -25,6 +25,7 @@ __all__ = [
     "kv_bytes_per_sequence",
     "rank_elements",
     "training_memory",
+    "weight_bytes",
 ]
 
 FloatArray = NDArray[np.float64]
