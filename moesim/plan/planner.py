@@ -136,6 +136,7 @@ def warnings_of(scenario: Scenario, context: Context) -> list[str]:
     said = [
         line for cluster in scenario.cluster.clusters() for line in context.warnings(cluster, float(longest))
     ]
+    said += context.policy_warnings(scenario)
     if scenario.subject_to.ttft or scenario.subject_to.ttft_p50:
         said.append("time to first token is off by a third in the median (docs/fits/serving.md)")
     return list(dict.fromkeys(said))

@@ -9,6 +9,7 @@ from moesim.engine import Timeline
 from moesim.errors import LayoutError
 from moesim.hardware.cluster import Cluster
 from moesim.plan.context import Choice, Context
+from moesim.plan.moving import moving_row
 from moesim.plan.outcome import Outcome, cluster_row, layout_row, loss_row
 from moesim.plan.planner import outcome_of
 from moesim.plan.space import Refused, check_sizes, choices_of, facts_of
@@ -46,6 +47,7 @@ def run(scenario: Scenario) -> Run:
     if isinstance(one.outcome, Refused):
         return Run(one.context, one.cluster, one.layout, one.choice, None, _refused_row(one.outcome), ())
     row, timelines = simulated(one.outcome, 0)
+    row["rebalance"] = moving_row(one.context, one.outcome, 0)
     return Run(one.context, one.cluster, one.layout, one.choice, one.outcome, row, timelines)
 
 
@@ -170,4 +172,5 @@ def _refused_row(refused: Refused) -> dict[str, Any]:
         "band": {"low": None, "high": None},
         "calibrated": None,
         "engine": None,
+        "rebalance": None,
     }

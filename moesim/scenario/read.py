@@ -167,6 +167,10 @@ def _with_files(scenario: Scenario, source: Source, folder: Path) -> Scenario:
         )
         layout = scenario.layout.model_copy(update={"placement": placements})
         scenario = scenario.model_copy(update={"layout": layout})
+    if scenario.layout.placement_trace is not None:
+        name = _file(scenario.layout.placement_trace, source, ("layout", "placement_trace"), folder)
+        layout = scenario.layout.model_copy(update={"placement_trace": name})
+        scenario = scenario.model_copy(update={"layout": layout})
     if scenario.routing.trace is None:
         return scenario
     trace = _file(scenario.routing.trace, source, ("routing", "trace"), folder)

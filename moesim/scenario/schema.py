@@ -31,7 +31,8 @@ CountsOrZero = Annotated[Choices[int], *counts(0)]
 Gpus = Annotated[Choices[str], *names()]
 Factors = Annotated[Choices[float | None], *factors_or_none(0.0)]
 Placements = Annotated[
-    Choices[str], *names("contiguous", "round-robin", "balanced", "eplb", files=(".json", ".yaml", ".yml"))
+    Choices[str],
+    *names("contiguous", "round-robin", "balanced", "eplb", "coactivation", files=(".json", ".yaml", ".yml")),
 ]
 Overlaps = Annotated[Choices[str], *names("none", "two-batch")]
 Conventions = Annotated[Choices[str], *names("megatron", "tutel", "megablocks")]
@@ -145,8 +146,22 @@ class LayoutChoice(_Part):
     redundant_experts: CountsOrZero | None = None
     """Extra expert replicas per layer; 0 in a run."""
     placement: Placements | None = None
-    """How experts are put into slots: `contiguous`, `round-robin`, `balanced`, `eplb`, or a JSON or YAML file of a
-    `physical_to_logical_map`; contiguous in a run, eplb where there are redundant experts."""
+    """How experts are put into slots: `contiguous`, `round-robin`, `balanced`, `eplb`, `coactivation`, or a JSON or
+    YAML file of a `physical_to_logical_map`; contiguous in a run, eplb where there are redundant experts."""
+    placement_trace: Annotated[str, Field(min_length=1)] | None = None
+    """Routing that the placement is made from, by name or file; the scenario's own `routing` where left out."""
+    rebalance_every: PositiveInt | None = None
+    """Steps until a placement made from `routing` takes over from `placement_trace`'s; its cost is told [steps]."""
+
+    @model_validator(mode="after")
+    def _from_one_to_another(self) -> Self:
+        if self.rebalance_every is not None and self.placement_trace is None:
+            raise refuse(
+                "rebalance_every needs a placement to come from",
+                "write placement_trace: <the routing that the old placement was made from>",
+                self.rebalance_every,
+            )
+        return self
 
     def sizes(self, n_gpus: int, n_experts: int) -> LayoutSizes:
         """The one layout of a run, with the defaults filled in.
