@@ -64,15 +64,15 @@ def sweep(
 def _tell(told: Mapping[str, Any]) -> None:
     """Print the points, the knee of each curve, and what the sweep took."""
     from moesim.report.sweep_table import refused_table, sweep_table
-    from moesim.report.sweep_words import knee_words
+    from moesim.report.sweep_words import knee_lines
 
     out = show.console()
     if told["n_refused"] < told["n_points"]:
-        out.print(sweep_table(told))
+        out.print(sweep_table(told, width=out.width))
     if told["n_refused"]:
         out.print(refused_table(told))
-    for curve in (told["tradeoff"] or {}).get("curves", ()):
-        out.print(escape(knee_words(told, curve)), highlight=False)
+    for line in knee_lines(told):
+        out.print(escape(line), highlight=False)
     for line in told["warnings"]:
         out.print(f"[yellow]Warning:[/yellow] {escape(line)}", highlight=False)
     rate = told["points_per_cpu_s"]

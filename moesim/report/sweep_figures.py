@@ -15,7 +15,7 @@ from moesim.report.text import Record
 __all__ = ["Curve", "axis_of", "curves_of", "metric_figure", "tradeoff_figure"]
 
 COLORS = (*palette.SERIES, "#ddcc77", "#44aa99", "#882255")
-DASHES = ("solid", "dash", "dot", "dashdot")
+DASHES = ("solid", "dash", "dot")
 MOST_CURVES = len(COLORS) * len(DASHES)
 """Curves that colours and dashes tell apart."""
 LOG_FROM = 20.0
@@ -61,7 +61,7 @@ def curves_of(told: Record, along: str) -> list[Curve]:
         if any("result" in told["points"][number] for number in numbers)
     ]
     return [
-        Curve(name, tuple(numbers), COLORS[at % len(COLORS)], DASHES[at // len(COLORS)])
+        Curve(name, tuple(numbers), *_color_and_dash(at))
         for at, (name, numbers) in enumerate(drawn[:MOST_CURVES])
     ]
 
@@ -73,8 +73,7 @@ def metric_figure(told: Record, metric: Metric, along: str, curves: Sequence[Cur
     values = [point["set"][along] for point in told["points"]]
     is_number = all(isinstance(value, int | float) for value in values)
     if not is_number:
-        layout["xaxis"] |= {"type": "category", "categoryarray": list(dict.fromkeys(map(value_text, values)))}
-        layout["xaxis"]["categoryorder"] = "array"
+        _name_ticks(layout, list(dict.fromkeys(map(value_text, values))))
     elif min(values) > 0 and max(values) >= LOG_FROM * min(values):
         ticks = sorted(set(values))
         layout["xaxis"] |= {"type": "log", "tickvals": ticks, "ticktext": [value_text(one) for one in ticks]}
@@ -84,6 +83,18 @@ def metric_figure(told: Record, metric: Metric, along: str, curves: Sequence[Cur
         layout["yaxis"]["rangemode"] = "tozero"
     _draw_capacity(layout, told, metric, drawn)
     return {"data": data, "layout": layout}
+
+
+def _name_ticks(layout: dict[str, Any], texts: Sequence[str]) -> None:
+    """One tick a name, in the order given; what all begin with is said once, in the axis' title."""
+    axis = layout["xaxis"]
+    begin = texts[0][: texts[0].rfind("-") + 1]
+    if len(texts) < 2 or not all(text.startswith(begin) for text in texts):
+        begin = ""
+    axis |= {"type": "category", "categoryorder": "array", "categoryarray": list(texts)}
+    if begin:
+        axis |= {"tickvals": list(texts), "ticktext": [text.removeprefix(begin) for text in texts]}
+        axis["title"]["text"] += f": {begin}..."
 
 
 def _line(told: Record, metric: Metric, scale: float, along: str, curve: Curve) -> dict[str, Any]:
@@ -181,10 +192,14 @@ def _apart(texts: Sequence[str], xs: Sequence[float], ys: Sequence[float]) -> li
     return found
 
 
+def _color_and_dash(at: int) -> tuple[str, str]:
+    """Of a curve by its number; neighbours differ in both, so that one shows on top of the other."""
+    return COLORS[at % len(COLORS)], DASHES[(at + at // len(COLORS)) % len(DASHES)]
+
+
 def _stroke(at: int) -> dict[str, Any]:
-    color = COLORS[at % len(COLORS)]
-    line = {"color": color, "dash": DASHES[at // len(COLORS)], "width": 2}
-    return {"line": line, "marker": {"size": 7, "color": color}}
+    color, dash = _color_and_dash(at)
+    return {"line": {"color": color, "dash": dash, "width": 2}, "marker": {"size": 7, "color": color}}
 
 
 def _ring(x: float, y: float) -> dict[str, Any]:

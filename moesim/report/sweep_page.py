@@ -21,7 +21,7 @@ from moesim.report.sweep_words import (
     by_name,
     heading,
     key_names,
-    knee_words,
+    knee_lines,
     refused_groups,
     shown_metrics,
     value_text,
@@ -93,7 +93,7 @@ def _add_tradeoff(page: Page, told: Record) -> None:
         f"Knee: {escape(trade['definition'])}.</p>"
     )
     page.figure(tradeoff_figure(told), f"{y.title} against {x.title}, knees marked")
-    said = "".join(f"<li>{escape(knee_words(told, curve))}</li>" for curve in trade["curves"])
+    said = "".join(f"<li>{escape(line)}</li>" for line in knee_lines(told))
     page.add(f"<ul>{said}</ul></section>")
 
 
@@ -131,7 +131,7 @@ def _legend(curves: list[Curve]) -> str:
     """One legend for all figures below it."""
     if len(curves) < 2:
         return ""
-    style = {"solid": "solid", "dash": "dashed", "dot": "dotted", "dashdot": "double"}
+    style = {"solid": "solid", "dash": "dashed", "dot": "dotted"}
     keys = "".join(
         f'<li><i style="border-top:3px {style[curve.dash]} {curve.color}"></i>{escape(curve.name)}</li>'
         for curve in curves

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moesim.errors import UnitError
-from moesim.report.sweep_words import heading, key_names, refused_groups, shown_metrics, value_text
+from moesim.report.sweep_words import by_name, heading, key_names, refused_groups, shown_metrics, value_text
 from moesim.report.text import Record, plural
 from moesim.units import parse_bytes, parse_bytes_per_s, parse_seconds, parse_usd_per_gpu_hour
 
@@ -26,10 +26,15 @@ UNITS: tuple[tuple[str, Callable[[object], float]], ...] = (
     ("_usd_per_gpu_hour", parse_usd_per_gpu_hour),
 )
 """End of a column's name, and how the texts of its kind are read."""
+DISPENSABLE = (
+    "imbalance_before_capacity", "dropped_weight_fraction", "tokens_without_expert_fraction", "memory_bytes.total",
+    "tokens_per_s_per_gpu", "mfu", "usd_per_mtok",
+)  # fmt: skip
+"""Figures that the terminal goes without where it is too narrow."""
 NAMED = {"band.low": "band.low_s", "band.high": "band.high_s"}
 
 
-def sweep_table(told: Record, limit: int = 200) -> Table:
+def sweep_table(told: Record, limit: int = 200, width: int = 110) -> Table:
     """Points of a sweep, one a row: what was set, and the figures that tell them apart.
 
     Parameters
@@ -38,22 +43,51 @@ def sweep_table(told: Record, limit: int = 200) -> Table:
         The object of ``moesim sweep --json``.
     limit
         Rows at most.
+    width
+        Characters of a line; some figures are left out where there is no room for them.
     """
     done = [(number, point) for number, point in enumerate(told["points"]) if "result" in point]
-    names, metrics = key_names(told["swept"]), shown_metrics(told["points"])
-    table = _table(heading(told))
-    for name in [*names.values(), *(metric.short for metric in metrics)]:
-        table.add_column(name, justify="right")
+    if not done:
+        return _table(heading(told))
     knees = {curve["knee"] for curve in (told.get("tradeoff") or {}).get("curves", ())}
+    names = key_names(told["swept"])
+    sets, results = zip(*((point["set"], point["result"]) for _, point in done[:limit]), strict=True)
+    columns = [(names[key], [value_text(one[key]) for one in sets]) for key in told["swept"]]
+    for metric in shown_metrics(told["points"]):
+        columns.append((metric.short, [metric.text(metric.of(result)) for result in results]))
     if knees - {None}:
-        table.add_column("")
-    for number, point in done[:limit]:
-        cells = [metric.text(metric.of(point["result"])) for metric in metrics]
-        mark = ["knee" if number in knees else ""] if knees - {None} else []
-        table.add_row(*(Text(value_text(point["set"][key])) for key in told["swept"]), *cells, *mark)
-    if len(done) > limit:
-        table.caption = f"{len(done) - limit:,} more points: see --csv or --json"
+        columns.append(("", ["knee" if number in knees else "" for number, _ in done[:limit]]))
+    kept, dropped = _fitted(columns, width, {by_name(name).short for name in DISPENSABLE})
+    table = _table(heading(told))
+    for at, (name, _) in enumerate(kept):
+        least = max(map(len, name.split()), default=0)
+        is_key = at < len(told["swept"])
+        table.add_column(name, justify="right" if name else "left", no_wrap=is_key, min_width=least)
+    for row in zip(*(cells for _, cells in kept), strict=True):
+        table.add_row(*map(Text, row))
+    said = [f"{len(done) - limit:,} more points"] if len(done) > limit else []
+    said += [f"no room for {', '.join(dropped)}"] if dropped else []
+    if said:
+        table.caption, table.caption_justify = f"{'; '.join(said)}: see --csv, --json or --report", "left"
     return table
+
+
+Column = tuple[str, list[str]]
+
+
+def _fitted(columns: Sequence[Column], width: int, dispensable: set[str]) -> tuple[list[Column], list[str]]:
+    """Columns that fit a width, and the names of those that had to go, the last first."""
+
+    def needed(kept: Sequence[Column]) -> int:
+        return sum(max(*map(len, [*name.split(), *cells]), 0) + 3 for name, cells in kept)
+
+    kept = list(columns)
+    dropped: list[str] = []
+    for column in reversed(columns):
+        if column[0] in dispensable and needed(kept) > width:
+            kept.remove(column)
+            dropped.insert(0, column[0])
+    return kept, dropped
 
 
 def refused_table(told: Record) -> Table:

@@ -15,7 +15,7 @@ __all__ = [
     "by_name",
     "heading",
     "key_names",
-    "knee_words",
+    "knee_lines",
     "refused_groups",
     "shown_metrics",
     "value_text",
@@ -70,6 +70,10 @@ def _bytes(value: float | None) -> str:
     return ABSENT if value is None else format_bytes(value)
 
 
+def _share(value: float | None) -> str:
+    return share(value).replace("less than ", "<")
+
+
 METRICS = (
     Metric("tpot_s", "Time per output token", "TPOT", seconds, 1e3, "ms"),
     Metric("ttft_s", "Time to first token", "TTFT", seconds, 1e3, "ms"),
@@ -79,12 +83,12 @@ METRICS = (
     Metric("memory_bytes.total", "Memory of the fullest GPU", "memory", _bytes, 1e-9, "GB"),
     Metric("imbalance", "Busiest rank over mean", "imbalance", _ratio),
     Metric("imbalance_before_capacity", "Busiest rank over mean, as routed", "as routed", _ratio),
-    Metric("dropped_fraction", "Choices dropped", "dropped", share, 100.0, "%"),
-    Metric("dropped_weight_fraction", "Router weight dropped", "weight lost", share, 100.0, "%"),
-    Metric("tokens_without_expert_fraction", "Tokens left without an expert", "no expert", share, 100.0, "%"),
-    Metric("rerouted_fraction", "Choices sent to another expert", "rerouted", share, 100.0, "%"),
-    Metric("padding_fraction", "Rows that are padding", "padding", share, 100.0, "%"),
-    Metric("mfu", "FLOP/s use", "FLOP/s use", share, 100.0, "%"),
+    Metric("dropped_fraction", "Choices dropped", "dropped", _share, 100.0, "%"),
+    Metric("dropped_weight_fraction", "Router weight dropped", "weight", _share, 100.0, "%"),
+    Metric("tokens_without_expert_fraction", "Tokens left without an expert", "left out", _share, 100.0, "%"),
+    Metric("rerouted_fraction", "Choices sent to another expert", "rerouted", _share, 100.0, "%"),
+    Metric("padding_fraction", "Rows that are padding", "padded", _share, 100.0, "%"),
+    Metric("mfu", "FLOP/s use", "FLOP/s use", _share, 100.0, "%"),
     Metric("usd_per_mtok", "Cost of a million tokens", "USD/Mtok", usd, 1.0, "USD"),
 )
 """Figures in the order they are shown; what a result has besides is in the JSON and the CSV."""
@@ -161,19 +165,32 @@ def values_text(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
     return ", ".join(said) or "different values"
 
 
-def knee_words(told: Record, curve: Record) -> str:
-    """What the knee of one curve of a trade-off means."""
+def knee_lines(told: Record) -> list[str]:
+    """What the knees of a trade-off mean, curves of which the same is said in one line."""
+    trade, names = told.get("tradeoff"), key_names(told["swept"])
+    if not trade:
+        return []
+    lines: dict[str, list[str]] = {}
+    for curve in trade["curves"]:
+        lines.setdefault(_knee_words(told, curve), []).append(values_text(curve["set"], names))
+    is_one = len(trade["curves"]) == 1
+    return [
+        f"There {said}" if is_one else f"With {'; or with '.join(sets)} there {said}"
+        for said, sets in lines.items()
+    ]
+
+
+def _knee_words(told: Record, curve: Record) -> str:
     trade, names = told["tradeoff"], key_names(told["swept"])
-    x, y = by_name(trade["x"]), by_name(trade["y"])
-    where = f"With {values_text(curve['set'], names)} there" if curve["set"] else "There"
     if curve.get("knee") is None:
-        return f"{where} is no knee: {curve['why_not']}."
+        return f"is no knee: {curve['why_not']}."
+    x, y = by_name(trade["x"]), by_name(trade["y"])
     point = told["points"][curve["knee"]]
     at = values_text({trade["along"]: point["set"][trade["along"]]}, names)
     costs, (step, one) = curve["costs"], _unit_of(y)
     before, beyond = (seconds(costs[name] * step) for name in ("before", "beyond"))
     return (
-        f"{where} is a knee at {at}: {y.words} {y.text(y.of(point['result']))}, "
+        f"is a knee at {at}: {y.words} {y.text(y.of(point['result']))}, "
         f"{x.words} {x.text(x.of(point['result']))}. "
         f"Up to there {one} less costs {before}, beyond it {beyond}: {costs['beyond'] / costs['before']:.1f} "
         "times as much."
