@@ -175,7 +175,7 @@ def knee_lines(told: Record) -> list[str]:
         lines.setdefault(_knee_words(told, curve), []).append(values_text(curve["set"], names))
     is_one = len(trade["curves"]) == 1
     return [
-        f"There {said}" if is_one else f"With {'; or with '.join(sets)} there {said}"
+        f"There {said}" if is_one else f"With {'; or with '.join(sets)}, there {said}"
         for said, sets in lines.items()
     ]
 

@@ -88,7 +88,7 @@ def _skewed_row(skew: float, n_experts: int, top_k: int) -> FloatArray:
     def excess(sigma: float) -> float:
         return float(unevenness(row(sigma), top_k)) - skew
 
-    if skew == 0 or top_k == n_experts:
+    if skew < 1e-9 or top_k == n_experts:
         return row(0.0)
     if excess(_MOST_SIGMA) < 0:
         rule = f"{n_experts} experts, {top_k} a token, are at most {skew + excess(_MOST_SIGMA):.4f} uneven"
