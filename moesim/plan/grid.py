@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from moesim.errors import MoesimError, ScenarioError
 from moesim.plan.answer import scenario_row
 from moesim.plan.context import Context
 from moesim.plan.planner import warnings_of
-from moesim.scenario import Choices, Scenario, ScenarioFile, SweptKey, load_variants, split_sets
+from moesim.scenario import Choices, LayoutSizes, Scenario, ScenarioFile, SweptKey, load_variants, split_sets
 
 __all__ = ["Grid", "Point", "inputs", "read_grid"]
 
 MOST_POINTS = 100_000
 """Combinations of one sweep; more is a slip of the pen."""
-INPUTS = {"model", "routing", "dtype", "kv_dtype", "backend", "profile", "seed"}
-"""Keys of a scenario that a context is made of."""
+APART = ("cluster", "workload", "policy", "minimise", "maximise", "subject_to")
+"""Keys of a scenario that its context is not made of; and the sizes of a layout."""
 
 
 @dataclass(frozen=True)
@@ -172,5 +172,7 @@ def _value(text: str) -> Any:
 
 def inputs(scenario: Scenario) -> str:
     """What its context is made of; the cluster's GPU decides where parameters are the user's own."""
-    cluster = {"cluster"} if scenario.profile or scenario.backend == "moesim" else set()
-    return scenario.model_dump_json(include=INPUTS | cluster)
+    needs_gpu = scenario.profile is not None or scenario.backend == "moesim"
+    apart: dict[str, Any] = {key: True for key in APART if key != "cluster" or not needs_gpu}
+    sizes = {one.name: True for one in fields(LayoutSizes)}
+    return scenario.model_dump_json(exclude={**apart, "layout": sizes})

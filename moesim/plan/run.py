@@ -16,7 +16,7 @@ from moesim.plan.space import Refused, check_sizes, choices_of, facts_of
 from moesim.scenario.schema import Scenario
 from moesim.work.case import Layout
 
-__all__ = ["Priced", "Run", "price_one", "priced_in", "run", "simulated"]
+__all__ = ["Priced", "Run", "price_one", "priced_in", "result_row", "run", "simulated"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +46,16 @@ def run(scenario: Scenario) -> Run:
     one = _priced(scenario)
     if isinstance(one.outcome, Refused):
         return Run(one.context, one.cluster, one.layout, one.choice, None, _refused_row(one.outcome), ())
-    row, timelines = simulated(one.outcome, 0)
-    row["rebalance"] = moving_row(one.context, one.outcome, 0)
+    row, timelines = result_row(one.context, one.outcome)
     return Run(one.context, one.cluster, one.layout, one.choice, one.outcome, row, timelines)
+
+
+def result_row(
+    context: Context, outcome: Outcome, *, engine: bool = True
+) -> tuple[dict[str, Any], tuple[Timeline, ...]]:
+    """The one size of an outcome as `moesim run --json` prints it; without `engine` nothing is played."""
+    row, timelines = simulated(outcome, 0) if engine else ({**outcome.row(0), "engine": None}, ())
+    return {**row, "rebalance": moving_row(context, outcome, 0)}, timelines
 
 
 def price_one(scenario: Scenario) -> Outcome:

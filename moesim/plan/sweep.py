@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from moesim.plan.answer import whole_run
 from moesim.plan.context import Context
 from moesim.plan.grid import Grid, inputs
 from moesim.plan.point_log import PointLog
-from moesim.plan.run import priced_in, simulated
+from moesim.plan.run import priced_in, result_row
 from moesim.plan.space import Refused
 from moesim.plan.tradeoff import tradeoff
 from moesim.scenario import Scenario
@@ -111,10 +112,24 @@ def _answer(grid: Grid, told: Sequence[Told]) -> dict[str, Any]:
 
 def identity(scenario: Scenario, engine: bool) -> str:
     """What a point's result hangs on, as a short text: its scenario, the files it names, moesim's own."""
-    files = [scenario.model, scenario.routing.trace, scenario.profile, *(scenario.layout.placement or ())]
-    named = [Path(name) for name in files if name and Path(name).is_file()]
-    text = f"{_code()} {engine} {scenario.model_dump_json()} {_stamps(named)}"
+    said = scenario.model_dump_json()
+    named = [Path(text) for text in _texts(json.loads(said)) if _is_file(text)]
+    text = f"{_code()} {engine} {said} {_stamps(named)}"
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value: one of them may be a file's name."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
+
+
+@lru_cache(maxsize=4096)
+def _is_file(text: str) -> bool:
+    return Path(text).is_file()
 
 
 @lru_cache(maxsize=1)
@@ -182,9 +197,5 @@ def _told(context: Context, cluster: Cluster, scenario: Scenario, engine: bool) 
     outcome = priced_in(context, cluster, scenario).outcome
     if isinstance(outcome, Refused):
         raise LayoutError(outcome.reason)
-    row: dict[str, Any]
-    if engine:
-        row, _ = simulated(outcome, 0)
-    else:
-        row = {**outcome.row(0), "engine": None}
+    row, _ = result_row(context, outcome, engine=engine)
     return {"result": {**row, **whole_run(row, scenario)}}

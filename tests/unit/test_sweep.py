@@ -85,6 +85,13 @@ ONCE = {"scenario", "warnings", "provenance"}
         ("cluster.nic=200 Gb/s,400 Gb/s", "cluster.nodes=1,2", "layout.ep=8,4"),
         ("routing.trace=imbalance-none,imbalance-collapsed,default", "layout.redundant_experts=0,4"),
         ("model=olmoe-1b-7b,qwen3-30b-a3b", "seed=0,1", "layout.placement=contiguous,balanced"),
+        (
+            "layout.placement_trace=imbalance-mild,imbalance-severe",
+            "layout.rebalance_every=100,1000",
+            "layout.placement=eplb,balanced",
+            "layout.redundant_experts=4",
+            "routing.trace=imbalance-heavy",
+        ),
         ("dtype=bfloat16,fp8", "backend=sglang,vllm", "routing=uniform,zipf"),
         ("workload={kind: serve, input: 500, output: 100, batch_per_rank: 8}", "workload.input=250,500"),
     ],
