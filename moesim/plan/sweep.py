@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from moesim.errors import LayoutError, MoesimError
+from moesim.errors import LayoutError, MoesimError, ScenarioError
 from moesim.hardware.cluster import Cluster
 from moesim.plan.answer import whole_run
 from moesim.plan.context import Context
@@ -27,9 +32,13 @@ from moesim.scenario import Scenario
 __all__ = ["Told", "identity", "sweep"]
 
 CHUNKS_PER_JOB = 4
-"""Pieces that each process is given, so that none waits long for the others."""
+"""Pieces that each process is given where points share a context, so that none waits long for the others."""
 Told = dict[str, Any]
 """``{"result": row}``, as `moesim run --json` has it, or ``{"refused": reason}``."""
+
+
+Numbered = tuple[int, Scenario]
+"""A point's place in the grid, and its scenario."""
 
 
 def sweep(
@@ -69,7 +78,7 @@ def sweep(
     known = PointLog(log) if log is not None else None
     names = [identity(point.scenario, engine) if known and point.scenario else "" for point in grid.points]
     told: dict[int, Told] = {}
-    todo: list[tuple[int, Scenario]] = []
+    todo: list[Numbered] = []
     for number, point in enumerate(grid.points):
         if point.scenario is None:
             told[number] = {"refused": point.refused}
@@ -145,25 +154,46 @@ def _stamps(files: Sequence[Path]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _priced_anyhow(
-    todo: Sequence[tuple[int, Scenario]], engine: bool, jobs: int
-) -> Iterator[tuple[int, Told, float]]:
+def _priced_anyhow(todo: Sequence[Numbered], engine: bool, jobs: int) -> Iterator[tuple[int, Told, float]]:
     """Number, result and other processes' CPU seconds of each point, in any order."""
     if jobs == 1 or len(todo) < 2:
         for number, told in _priced(todo, engine):
             yield number, told, 0.0
         return
-    size = -(-len(todo) // (jobs * CHUNKS_PER_JOB))
-    chunks = [todo[at : at + size] for at in range(0, len(todo), size)]
+    chunks = _chunks(todo, jobs)
     # forked copies of a process that has started threads may hang
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_ignore_interrupts) as pool:
         try:
-            for done in as_completed([pool.submit(_priced_chunk, chunk, engine) for chunk in chunks]):
+            with _bare_main():
+                futures = [pool.submit(_priced_chunk, chunk, engine) for chunk in chunks]
+            for done in as_completed(futures):
                 found, cpu_s = done.result()
                 for number, told in found:
                     yield number, told, cpu_s / len(found)
+        except BrokenProcessPool:
+            rule = "a process of the sweep was ended from outside, perhaps for want of memory"
+            raise ScenarioError(rule, value=jobs, place="--jobs", fix="use fewer, or --jobs 1") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _chunks(todo: Sequence[Numbered], jobs: int) -> list[list[Numbered]]:
+    """Pieces for the processes: points of one context together, as what is drawn for one serves the others."""
+    groups = [list(group) for _, group in groupby(todo, key=lambda one: inputs(one[1]))]
+    parts = 1 if len(groups) >= 2 * jobs else -(-CHUNKS_PER_JOB * jobs // len(groups))
+    cut = [(group, -(-len(group) // parts)) for group in groups]
+    return [group[at : at + size] for group, size in cut for at in range(0, len(group), size)]
+
+
+@contextmanager
+def _bare_main() -> Iterator[None]:
+    """Start processes that do not run the caller's script: a script without a guard would sweep again in each."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _ignore_interrupts() -> None:
@@ -171,13 +201,13 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _priced_chunk(todo: Sequence[tuple[int, Scenario]], engine: bool) -> tuple[list[tuple[int, Told]], float]:
+def _priced_chunk(todo: Sequence[Numbered], engine: bool) -> tuple[list[tuple[int, Told]], float]:
     begin_s = time.process_time()
     found = list(_priced(todo, engine))
     return found, time.process_time() - begin_s
 
 
-def _priced(todo: Sequence[tuple[int, Scenario]], engine: bool) -> Iterator[tuple[int, Told]]:
+def _priced(todo: Sequence[Numbered], engine: bool) -> Iterator[tuple[int, Told]]:
     """Price points whose scenarios stand sorted by their inputs: one context is held at a time."""
     held: tuple[str, Context] | None = None
     clusters: dict[str, Cluster] = {}

@@ -28,9 +28,11 @@ UNITS: tuple[tuple[str, Callable[[object], float]], ...] = (
 """End of a column's name, and how the texts of its kind are read."""
 DISPENSABLE = (
     "imbalance_before_capacity", "dropped_weight_fraction", "tokens_without_expert_fraction", "memory_bytes.total",
-    "tokens_per_s_per_gpu", "mfu", "usd_per_mtok",
+    "tokens_per_s", "tokens_per_s_per_gpu", "mfu", "usd_per_mtok",
 )  # fmt: skip
 """Figures that the terminal goes without where it is too narrow."""
+BETWEEN = 3
+"""Characters between two columns."""
 NAMED = {"band.low": "band.low_s", "band.high": "band.high_s"}
 
 
@@ -57,12 +59,16 @@ def sweep_table(told: Record, limit: int = 200, width: int = 110) -> Table:
         columns.append((metric.short, [metric.text(metric.of(result)) for result in results]))
     if knees - {None}:
         columns.append(("", ["knee" if number in knees else "" for number, _ in done[:limit]]))
-    kept, dropped = _fitted(columns, width, {by_name(name).short for name in DISPENSABLE})
+    least = [
+        max(map(len, [*([name] if at < len(told["swept"]) else name.split()), *cells]), default=0)
+        for at, (name, cells) in enumerate(columns)
+    ]
+    kept, dropped = _fitted(columns, least, width, {by_name(name).short for name in DISPENSABLE})
     table = _table(heading(told))
     for at, (name, _) in enumerate(kept):
-        least = max(map(len, name.split()), default=0)
+        longest = max(map(len, name.split()), default=0)
         is_key = at < len(told["swept"])
-        table.add_column(name, justify="right" if name else "left", no_wrap=is_key, min_width=least)
+        table.add_column(name, justify="right" if name else "left", no_wrap=is_key, min_width=longest)
     for row in zip(*(cells for _, cells in kept), strict=True):
         table.add_row(*map(Text, row))
     said = [f"{len(done) - limit:,} more points"] if len(done) > limit else []
@@ -75,18 +81,18 @@ def sweep_table(told: Record, limit: int = 200, width: int = 110) -> Table:
 Column = tuple[str, list[str]]
 
 
-def _fitted(columns: Sequence[Column], width: int, dispensable: set[str]) -> tuple[list[Column], list[str]]:
-    """Columns that fit a width, and the names of those that had to go, the last first."""
-
-    def needed(kept: Sequence[Column]) -> int:
-        return sum(max(*map(len, [*name.split(), *cells]), 0) + 3 for name, cells in kept)
-
+def _fitted(
+    columns: Sequence[Column], least: Sequence[int], width: int, dispensable: set[str]
+) -> tuple[list[Column], list[str]]:
+    """Columns that fit a width, given what each needs at least, and the names of those that had to go."""
+    needed = sum(least) + BETWEEN * len(columns) + 1
     kept = list(columns)
     dropped: list[str] = []
-    for column in reversed(columns):
-        if column[0] in dispensable and needed(kept) > width:
+    for column, size in zip(reversed(columns), reversed(least), strict=True):
+        if column[0] in dispensable and needed > width:
             kept.remove(column)
             dropped.insert(0, column[0])
+            needed -= size + BETWEEN
     return kept, dropped
 
 

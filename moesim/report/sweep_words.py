@@ -63,6 +63,8 @@ def _ratio(value: float | None) -> str:
 
 
 def _whole(value: float | None) -> str:
+    if value is not None and value >= 999_500:
+        return f"{value / 1e6:.3g}M"
     return ABSENT if value is None else count(float(f"{value:.3g}"))
 
 
@@ -117,8 +119,8 @@ def shown_metrics(points: Sequence[Record]) -> list[Metric]:
     found = []
     for one in METRICS:
         values = columns[one.name]
-        varies = len({_rounded(value) for value in values}) > 1
-        if all(value is None for value in values) or not (varies or one.name in LASTING):
+        told = {_rounded(value) for value in values if value is not None}
+        if not told or not (len(told) > 1 or one.name in LASTING):
             continue
         if any(_in_step(values, columns[other]) for other in SAME.get(one.name, ())):
             continue

@@ -284,6 +284,19 @@ def test_two_processes_say_what_one_does(asked: Path) -> None:
     assert two["tradeoff"] == one["tradeoff"]
 
 
+def test_a_script_without_a_guard_does_not_sweep_again_in_every_process(asked: Path) -> None:
+    script = asked.parent / "script.py"
+    script.write_text(
+        "from moesim.plan import read_grid, sweep\n"
+        "print(sweep(read_grid('asked.yaml', ['layout.ep=1,2,4']), jobs=2)['n_points'])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    told = subprocess.run(
+        [sys.executable, "script.py"], cwd=asked.parent, capture_output=True, text=True, env=environment
+    )
+    assert (told.stdout, told.stderr) == ("3\n", "")
+
+
 def test_page(moesim: Callable[..., tuple[int, str, str]], asked: Path) -> None:
     sets = ("--set", "policy.capacity_factor=1.0:2.0:0.25,none", "--set", "workload.micro_batch=1,64")
     code, out, _ = moesim("train.yaml", *sets, "--report", "a.html")
