@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import sys
 import time
@@ -33,6 +34,8 @@ __all__ = ["Told", "identity", "sweep"]
 
 CHUNKS_PER_JOB = 4
 """Pieces that each process is given where points share a context, so that none waits long for the others."""
+INTERRUPTED = 130
+"""Exit code of a process that Ctrl-C stops, as shells have it."""
 Told = dict[str, Any]
 """``{"result": row}``, as `moesim run --json` has it, or ``{"refused": reason}``."""
 
@@ -162,7 +165,9 @@ def _priced_anyhow(todo: Sequence[Numbered], engine: bool, jobs: int) -> Iterato
         return
     chunks = _chunks(todo, jobs)
     # forked copies of a process that has started threads may hang
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_ignore_interrupts) as pool:
+    with ProcessPoolExecutor(
+        jobs, mp_context=get_context("spawn"), initializer=_leave_when_interrupted
+    ) as pool:
         try:
             with _bare_main():
                 futures = [pool.submit(_priced_chunk, chunk, engine) for chunk in chunks]
@@ -196,9 +201,9 @@ def _bare_main() -> Iterator[None]:
         sys.modules["__main__"] = script
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches every process of the terminal; the first one stops the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_when_interrupted() -> None:
+    """Ctrl-C reaches every process of the terminal; the first one tells of it."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
 
 
 def _priced_chunk(todo: Sequence[Numbered], engine: bool) -> tuple[list[tuple[int, Told]], float]:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -319,6 +320,26 @@ def test_page(moesim: Callable[..., tuple[int, str, str]], asked: Path) -> None:
     points = json.loads(moesim("train.yaml", *sets, "--json")[1])["points"]
     steps_s = [point["result"]["step_s"] for point in points if "result" in point]
     assert step["data"][0]["y"] == pytest.approx(steps_s, rel=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no headless browser")
+def test_a_browser_draws_every_figure(moesim: Callable[..., tuple[int, str, str]], asked: Path) -> None:
+    sets = ("--set", "policy.capacity_factor=1.0:2.0:0.25,none", "--set", "policy.padding=none,capacity")
+    assert moesim("train.yaml", *sets, "--report", "a.html")[0] == 0
+    flags = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=10000",
+        "--enable-logging=stderr",
+    )
+    page = (asked.parent / "a.html").as_uri()
+    told = subprocess.run(
+        ["chromium", *flags, "--dump-dom", page], capture_output=True, text=True, timeout=240
+    )
+    assert told.stdout.count('data-drawn="1"') == (asked.parent / "a.html").read_text().count('id="figure-')
+    assert told.stdout.count('class="main-svg"') >= told.stdout.count('data-drawn="1"') > 5
+    assert "Uncaught" not in told.stderr
 
 
 def test_page_of_names_and_of_no_result(moesim: Callable[..., tuple[int, str, str]], asked: Path) -> None:
