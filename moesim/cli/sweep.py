@@ -14,6 +14,9 @@ from moesim.cli.paths import page_path, writable
 
 __all__ = ["sweep"]
 
+MOST_KNEES = 6
+"""Curves whose knee is told; a page has more."""
+
 
 def sweep(
     scenario: Annotated[str, typer.Argument(metavar="SCENARIO", help="Scenario file (YAML).")],
@@ -71,8 +74,11 @@ def _tell(told: Mapping[str, Any]) -> None:
         out.print(sweep_table(told, width=out.width))
     if told["n_refused"]:
         out.print(refused_table(told))
-    for line in knee_lines(told):
+    lines = knee_lines(told)
+    for line in lines[:MOST_KNEES]:
         out.print(escape(line), highlight=False)
+    if len(lines) > MOST_KNEES:
+        out.print(f"{len(lines) - MOST_KNEES} more curves: see --json or --report")
     for line in told["warnings"]:
         out.print(f"[yellow]Warning:[/yellow] {escape(line)}", highlight=False)
     rate = told["points_per_cpu_s"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -12,12 +12,14 @@ from moesim.report.figures import Figure, base_layout
 from moesim.report.sweep_words import Metric, by_name, key_names, shown_metrics, value_text, values_text
 from moesim.report.text import Record
 
-__all__ = ["Curve", "axis_of", "curves_of", "metric_figure", "tradeoff_figure"]
+__all__ = ["Curve", "axis_of", "curves_of", "hover_texts", "metric_figure", "tradeoff_figure"]
 
 COLORS = (*palette.SERIES, "#ddcc77", "#44aa99", "#882255")
 DASHES = ("solid", "dash", "dot")
 MOST_CURVES = len(COLORS) * len(DASHES)
 """Curves that colours and dashes tell apart."""
+MOST_TOLD = 3000
+"""Points of a page up to which each is told in full where it is pointed at."""
 LOG_FROM = 20.0
 """Largest over smallest value from which an axis is logarithmic."""
 
@@ -66,7 +68,9 @@ def curves_of(told: Record, along: str) -> list[Curve]:
     ]
 
 
-def metric_figure(told: Record, metric: Metric, along: str, curves: Sequence[Curve]) -> Figure:
+def metric_figure(
+    told: Record, metric: Metric, along: str, curves: Sequence[Curve], hovers: Sequence[str]
+) -> Figure:
     """One quantity against the key of the x axis; refused points leave gaps."""
     scale, unit = metric.axis([metric.of(point.get("result") or {}) for point in told["points"]])
     layout = base_layout(290, key_names(told["swept"])[along], unit, hovermode="closest")
@@ -77,7 +81,7 @@ def metric_figure(told: Record, metric: Metric, along: str, curves: Sequence[Cur
     elif min(values) > 0 and max(values) >= LOG_FROM * min(values):
         ticks = sorted(set(values))
         layout["xaxis"] |= {"type": "log", "tickvals": ticks, "ticktext": [value_text(one) for one in ticks]}
-    data = [_line(told, metric, scale, along, curve) for curve in curves]
+    data = [_line(told, metric, scale, along, curve, hovers) for curve in curves]
     drawn = [y for line in data for y in line["y"] if y is not None]
     if drawn and min(drawn) < 0.4 * max(drawn):
         layout["yaxis"]["rangemode"] = "tozero"
@@ -97,7 +101,9 @@ def _name_ticks(layout: dict[str, Any], texts: Sequence[str]) -> None:
         axis["title"]["text"] += f": {begin}..."
 
 
-def _line(told: Record, metric: Metric, scale: float, along: str, curve: Curve) -> dict[str, Any]:
+def _line(
+    told: Record, metric: Metric, scale: float, along: str, curve: Curve, hovers: Sequence[str]
+) -> dict[str, Any]:
     points = [told["points"][number] for number in curve.numbers]
     is_number = all(isinstance(point["set"][along], int | float) for point in told["points"])
     values = [metric.of(point.get("result") or {}) for point in points]
@@ -108,7 +114,7 @@ def _line(told: Record, metric: Metric, scale: float, along: str, curve: Curve) 
         "showlegend": False,
         "x": [point["set"][along] if is_number else value_text(point["set"][along]) for point in points],
         "y": [None if value is None else _digits(value * scale) for value in values],
-        "text": [_hover(told, point) for point in points],
+        "text": [hovers[number] for number in curve.numbers],
         "hovertemplate": "%{text}<extra></extra>",
         "line": {"color": curve.color, "dash": curve.dash, "width": 2},
         "marker": {"size": 6, "color": curve.color},
@@ -130,7 +136,7 @@ def _draw_capacity(layout: dict[str, Any], told: Record, metric: Metric, drawn: 
         layout["yaxis"]["range"] = [0, 1.12 * most]
 
 
-def tradeoff_figure(told: Record) -> Figure | None:
+def tradeoff_figure(told: Record, hovers: Sequence[str]) -> Figure | None:
     """What is given up against the time that it buys, knees marked; None where nothing is traded."""
     trade = told.get("tradeoff")
     if not trade:
@@ -145,7 +151,7 @@ def tradeoff_figure(told: Record) -> Figure | None:
         points = [told["points"][number] for number in curve["points"]]
         xs = [_digits((x.of(point["result"]) or 0.0) * scale) for point in points]
         ys = [_digits((y.of(point["result"]) or 0.0) * y.scale) for point in points]
-        data.append(_traded(told, curve, points, xs, ys) | _stroke(at))
+        data.append(_traded(told, curve, hovers, xs, ys) | _stroke(at))
         if curve["knee"] is not None:
             knee = curve["points"].index(curve["knee"])
             data.append(_ring(xs[knee], ys[knee]))
@@ -158,11 +164,11 @@ def tradeoff_figure(told: Record) -> Figure | None:
 
 
 def _traded(
-    told: Record, curve: Record, points: Sequence[Record], xs: list[float], ys: list[float]
+    told: Record, curve: Record, hovers: Sequence[str], xs: list[float], ys: list[float]
 ) -> dict[str, Any]:
     """One curve of the trade-off; of a single one, points far enough apart are named."""
     trade, names = told["tradeoff"], key_names(told["swept"])
-    texts = [value_text(point["set"][trade["along"]]) for point in points]
+    texts = [value_text(told["points"][number]["set"][trade["along"]]) for number in curve["points"]]
     is_alone = len(trade["curves"]) == 1
     hidden = None if curve["knee"] is None else curve["points"].index(curve["knee"])
     return {
@@ -175,7 +181,7 @@ def _traded(
         "text": ["" if at == hidden else text for at, text in enumerate(_apart(texts, xs, ys))],
         "textposition": "top right",
         "textfont": {"size": 11, "color": "#5d6973"},
-        "customdata": [_hover(told, point) for point in points],
+        "customdata": [hovers[number] for number in curve["points"]],
         "hovertemplate": "%{customdata}<extra></extra>",
     }
 
@@ -214,14 +220,17 @@ def _knee(x: float, y: float, words: str) -> dict[str, Any]:
     return note | {"ax": 60, "ay": -46, "standoff": 9, "bgcolor": "rgba(255,255,255,0.85)"}
 
 
-def _hover(told: Record, point: Mapping[str, Any]) -> str:
-    names = key_names(told["swept"])
-    lines = [f"<b>{escape(values_text(point['set'], names))}</b>"]
-    if "refused" in point:
-        return "<br>".join([*lines, escape(str(point["refused"]))])
-    for metric in shown_metrics(told["points"]):
-        lines.append(f"{metric.words} {metric.text(metric.of(point['result']))}")
-    return "<br>".join(lines)
+def hover_texts(told: Record) -> list[str]:
+    """All that each point stands for; of very many, what was set alone."""
+    points, names = told["points"], key_names(told["swept"])
+    metrics = shown_metrics(points) if len(points) <= MOST_TOLD else []
+    found = []
+    for point in points:
+        lines = [f"<b>{escape(values_text(point['set'], names))}</b>"]
+        if "result" in point:
+            lines += [f"{metric.words} {metric.text(metric.of(point['result']))}" for metric in metrics]
+        found.append("<br>".join(lines))
+    return found
 
 
 def _digits(value: float) -> float:

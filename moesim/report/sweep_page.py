@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from moesim.report.sweep_figures import (
     Curve,
     axis_of,
     curves_of,
+    hover_texts,
     metric_figure,
     tradeoff_figure,
 )
@@ -55,8 +56,9 @@ def write_sweep_report(path: Path | str, told: Record) -> Path:
     page.add(f'<header><p class="eyebrow">Sweep: {escape(named)}</p><h1>{escape(_answer(told))}</h1>')
     warnings = "".join(f"<li>{escape(str(line))}</li>" for line in told.get("warnings") or ())
     page.add((f'<ul class="warnings">{warnings}</ul>' if warnings else "") + "</header><main>")
-    _add_tradeoff(page, told)
-    _add_figures(page, told)
+    hovers = hover_texts(told)
+    _add_tradeoff(page, told, hovers)
+    _add_figures(page, told, hovers)
     _add_refused(page, told)
     _add_points(page, told)
     page.add(f"</main><footer><p>{escape(_effort(told))}</p></footer>")
@@ -81,7 +83,7 @@ def _answer(told: Record) -> str:
     )
 
 
-def _add_tradeoff(page: Page, told: Record) -> None:
+def _add_tradeoff(page: Page, told: Record, hovers: Sequence[str]) -> None:
     trade = told.get("tradeoff")
     if not trade:
         return
@@ -92,12 +94,12 @@ def _add_tradeoff(page: Page, told: Record) -> None:
         f'<p class="note">Each point is a {escape(name)}; lower and further left is better. '
         f"Knee: {escape(trade['definition'])}.</p>"
     )
-    page.figure(tradeoff_figure(told), f"{y.title} against {x.title}, knees marked")
-    said = "".join(f"<li>{escape(line)}</li>" for line in knee_lines(told))
+    page.figure(tradeoff_figure(told, hovers), f"{y.title} against {x.title}, knees marked")
+    said = "".join(f"<li>{escape(line)}</li>" for line in knee_lines(told)[:MOST_CURVES])
     page.add(f"<ul>{said}</ul></section>")
 
 
-def _add_figures(page: Page, told: Record) -> None:
+def _add_figures(page: Page, told: Record, hovers: Sequence[str]) -> None:
     along, names = axis_of(told), key_names(told["swept"])
     curves = curves_of(told, along)
     shown = shown_metrics(told["points"])
@@ -112,7 +114,7 @@ def _add_figures(page: Page, told: Record) -> None:
     page.add('<div class="figures">')
     for metric in drawn:
         page.add(f"<div><h3>{escape(metric.title)}</h3>")
-        figure = metric_figure(told, metric, along, curves)
+        figure = metric_figure(told, metric, along, curves, hovers)
         page.figure(figure, f"{metric.title} against {names[along]}")
         page.add("</div>")
     page.add("</div>")
