@@ -123,6 +123,7 @@ class TrafficMaker:
                     n_slots=shape.n_experts + extra,
                     n_ranks=ep,
                     n_nodes=n_domains,
+                    n_groups=shape.n_groups,
                 )
             case "eplb":
                 return eplb(

@@ -325,7 +325,8 @@ def _taken(
     """Which tokens one layer's slots take: (n_rows, n_tokens, n_slots); `own` is (top_k, n_rows, n_tokens)."""
     _, n_rows, n_tokens = own.shape
     # who did not choose the slot stands behind all who did, in random order
-    key = rng.integers(1 << 15, 1 << 16, (n_rows, n_slots, n_tokens), dtype=np.uint32)
+    key = rng.integers(0, 1 << 32, (n_rows, n_slots, n_tokens), dtype=np.uint32) >> np.uint32(17)
+    key |= np.uint32(1 << 15)
     row, token = np.arange(n_rows)[:, None], np.arange(n_tokens)[None, :]
     for choice, slot in enumerate(own):
         key[row, slot, token] = 0 if rank is None else rank[choice]

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from moesim.errors import LayoutError
-from moesim.routing.coactivation import chosen_together, place_by_affinity
+from moesim.routing.coactivation import chosen_together, place_by_affinity, smoothed
 from moesim.routing.eplb import rebalance_experts
 from moesim.routing.swaps import evened_by_swaps
 
@@ -221,6 +221,7 @@ def coactivation(
     n_slots: int,
     n_ranks: int,
     n_nodes: int,
+    n_groups: int = 1,
     most_load: float = 1.05,
 ) -> Placement:
     """Experts that tokens choose together on one node, so that fewer copies leave it; loads kept even.
@@ -233,6 +234,8 @@ def coactivation(
         Load of each expert.
     n_slots, n_ranks, n_nodes
         Slots of the group, its ranks and nodes.
+    n_groups
+        Groups of consecutive experts that the router looks at; they need not divide over nodes.
     most_load
         Load that a node may have over the mean: more of it buys less traffic.
 
@@ -253,7 +256,7 @@ def coactivation(
     if ids.ndim != 3 or ids.shape[1] != len(load):
         raise LayoutError(f"tokens are (n_tokens, {len(load)} layers, top_k)", value=ids.shape)
     table = place_by_affinity(
-        chosen_together(ids, n_experts),
+        smoothed(chosen_together(ids, n_experts), n_groups),
         load,
         n_slots=n_slots,
         n_ranks=n_ranks,

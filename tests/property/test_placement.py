@@ -18,7 +18,7 @@ from moesim.routing import (
     moved_experts,
     rebalanced,
 )
-from moesim.routing.coactivation import chosen_together
+from moesim.routing.coactivation import chosen_together, smoothed
 
 EXAMPLES = settings(max_examples=60, deadline=None)
 
@@ -169,3 +169,21 @@ def test_placements_of_two_groups_are_not_compared():
         coactivation(np.zeros((1, 1, 1), int), np.ones((1, 8)), n_slots=8, n_ranks=4, n_nodes=3)
     with pytest.raises(LayoutError, match="1 layers"):
         coactivation(np.zeros((1, 2, 1), int), np.ones((1, 8)), n_slots=8, n_ranks=4, n_nodes=2)
+
+
+def test_few_tokens_tell_the_groups_of_a_router_and_no_more():
+    """64 experts in 4 groups, of which a token uses one: what is told of pairs holds for other tokens."""
+    rng = np.random.default_rng(0)
+
+    def drawn(n):
+        group = rng.integers(0, 4, (n, 1, 1))
+        score = rng.gumbel(size=(n, 1, 64)) + 20.0 * (np.arange(64) // 16 == group)
+        return np.argsort(-score, axis=-1)[..., :4]
+
+    few, truth = chosen_together(drawn(200), 64), chosen_together(drawn(20000), 64) / 100.0
+    apart = ~np.eye(64, dtype=bool)
+    errors = [np.abs((one - truth)[0][apart]).mean() for one in (few, smoothed(few, 4), smoothed(few, 1))]
+    assert errors[1] < 0.8 * errors[0]
+    assert errors[1] < 0.5 * errors[2]
+    many = chosen_together(drawn(20000), 64)
+    assert smoothed(many, 4)[0][apart] == pytest.approx(many[0][apart], rel=0.3, abs=2)
