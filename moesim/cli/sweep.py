@@ -15,7 +15,7 @@ from moesim.cli.paths import page_path, writable
 __all__ = ["sweep"]
 
 MOST_KNEES = 6
-"""Curves whose knee is told; a page has more."""
+"""Curves whose knee is told, evenly chosen."""
 
 
 def sweep(
@@ -74,11 +74,11 @@ def _tell(told: Mapping[str, Any]) -> None:
         out.print(sweep_table(told, width=out.width))
     if told["n_refused"]:
         out.print(refused_table(told))
-    lines = knee_lines(told)
-    for line in lines[:MOST_KNEES]:
+    for line in knee_lines(told, MOST_KNEES):
         out.print(escape(line), highlight=False)
-    if len(lines) > MOST_KNEES:
-        out.print(f"{len(lines) - MOST_KNEES} more curves: see --json or --report")
+    n_curves = len((told["tradeoff"] or {}).get("curves", ()))
+    if n_curves > MOST_KNEES:
+        out.print(f"{MOST_KNEES} of {n_curves} curves: see --json for the others.", highlight=False)
     for line in told["warnings"]:
         out.print(f"[yellow]Warning:[/yellow] {escape(line)}", highlight=False)
     rate = told["points_per_cpu_s"]

@@ -126,12 +126,17 @@ def _traded(
 def _lines(
     key: str, points: Sequence[Mapping[str, Any]], numbers: Sequence[int]
 ) -> list[tuple[dict[str, Any], list[int]]]:
-    """Points that differ in one key alone, by what the other keys are."""
+    """Points that differ in one key alone, by what the other keys are; numbers first and ascending."""
     found: dict[tuple[tuple[str, Any], ...], list[int]] = {}
     for number in numbers:
         others = tuple((name, value) for name, value in points[number]["set"].items() if name != key)
         found.setdefault(others, []).append(number)
-    return [(dict(others), line) for others, line in found.items()]
+
+    def order(number: int) -> tuple[bool, float]:
+        value = points[number]["set"].get(key)
+        return (False, float(value)) if isinstance(value, int | float) else (True, 0.0)
+
+    return [(dict(others), sorted(line, key=order)) for others, line in found.items()]
 
 
 def _spread(lines: Sequence[tuple[Any, list[int]]], points: Sequence[Mapping[str, Any]], y: str) -> float:

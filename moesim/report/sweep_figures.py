@@ -9,15 +9,23 @@ from typing import Any
 
 from moesim.report import palette
 from moesim.report.figures import Figure, base_layout
-from moesim.report.sweep_words import Metric, by_name, key_names, shown_metrics, value_text, values_text
+from moesim.report.sweep_words import (
+    Metric,
+    by_name,
+    key_names,
+    shown_metrics,
+    spaced,
+    value_text,
+    values_text,
+)
 from moesim.report.text import Record
 
 __all__ = ["Curve", "axis_of", "curves_of", "hover_texts", "metric_figure", "tradeoff_figure"]
 
 COLORS = (*palette.SERIES, "#ddcc77", "#44aa99", "#882255")
 DASHES = ("solid", "dash", "dot")
-MOST_CURVES = len(COLORS) * len(DASHES)
-"""Curves that colours and dashes tell apart."""
+MOST_CURVES = 12
+"""Curves of one figure that an eye tells apart."""
 MOST_TOLD = 3000
 """Points of a page up to which each is told in full where it is pointed at."""
 LOG_FROM = 20.0
@@ -64,7 +72,7 @@ def curves_of(told: Record, along: str) -> list[Curve]:
     ]
     return [
         Curve(name, tuple(numbers), *_color_and_dash(at))
-        for at, (name, numbers) in enumerate(drawn[:MOST_CURVES])
+        for at, (name, numbers) in enumerate(drawn[one] for one in spaced(len(drawn), MOST_CURVES))
     ]
 
 
@@ -74,19 +82,38 @@ def metric_figure(
     """One quantity against the key of the x axis; refused points leave gaps."""
     scale, unit = metric.axis([metric.of(point.get("result") or {}) for point in told["points"]])
     layout = base_layout(290, key_names(told["swept"])[along], unit, hovermode="closest")
-    values = [point["set"][along] for point in told["points"]]
-    is_number = all(isinstance(value, int | float) for value in values)
-    if not is_number:
-        _name_ticks(layout, list(dict.fromkeys(map(value_text, values))))
+    places, quantity = _places([point["set"][along] for point in told["points"]])
+    values = [place for place in places if not isinstance(place, str)]
+    if quantity:
+        layout["xaxis"]["title"]["text"] += f" [{quantity}]"
+    if len(values) < len(places):
+        _name_ticks(layout, list(dict.fromkeys(map(str, places))))
     elif min(values) > 0 and max(values) >= LOG_FROM * min(values):
         ticks = sorted(set(values))
         layout["xaxis"] |= {"type": "log", "tickvals": ticks, "ticktext": [value_text(one) for one in ticks]}
-    data = [_line(told, metric, scale, along, curve, hovers) for curve in curves]
+    data = [_line(told, metric, scale, places, curve, hovers) for curve in curves]
     drawn = [y for line in data for y in line["y"] if y is not None]
     if drawn and min(drawn) < 0.4 * max(drawn):
         layout["yaxis"]["rangemode"] = "tozero"
     _draw_capacity(layout, told, metric, drawn)
     return {"data": data, "layout": layout}
+
+
+Place = float | str
+
+
+def _places(values: Sequence[Any]) -> tuple[list[Place], str]:
+    """Where values stand on an axis: all as numbers, with the unit that all have, or else as texts."""
+    if all(isinstance(value, int | float) for value in values):
+        return list(values), ""
+    parts = [str(value).split(" ", 1) for value in values]
+    units = {part[1] for part in parts if len(part) == 2}
+    try:
+        if len(units) == 1 and all(len(part) == 2 for part in parts):
+            return [float(part[0]) for part in parts], units.pop()
+    except ValueError:
+        pass
+    return [value_text(value) for value in values], ""
 
 
 def _name_ticks(layout: dict[str, Any], texts: Sequence[str]) -> None:
@@ -102,19 +129,20 @@ def _name_ticks(layout: dict[str, Any], texts: Sequence[str]) -> None:
 
 
 def _line(
-    told: Record, metric: Metric, scale: float, along: str, curve: Curve, hovers: Sequence[str]
+    told: Record, metric: Metric, scale: float, places: Sequence[Place], curve: Curve, hovers: Sequence[str]
 ) -> dict[str, Any]:
-    points = [told["points"][number] for number in curve.numbers]
-    is_number = all(isinstance(point["set"][along], int | float) for point in told["points"])
-    values = [metric.of(point.get("result") or {}) for point in points]
+    numbers = list(curve.numbers)
+    if not any(isinstance(place, str) for place in places):
+        numbers.sort(key=lambda number: places[number])
+    values = [metric.of(told["points"][number].get("result") or {}) for number in numbers]
     return {
         "type": "scatter",
         "mode": "lines+markers",
         "name": escape(curve.name or metric.title),
         "showlegend": False,
-        "x": [point["set"][along] if is_number else value_text(point["set"][along]) for point in points],
+        "x": [places[number] for number in numbers],
         "y": [None if value is None else _digits(value * scale) for value in values],
-        "text": [hovers[number] for number in curve.numbers],
+        "text": [hovers[number] for number in numbers],
         "hovertemplate": "%{text}<extra></extra>",
         "line": {"color": curve.color, "dash": curve.dash, "width": 2},
         "marker": {"size": 6, "color": curve.color},
@@ -147,7 +175,8 @@ def tradeoff_figure(told: Record, hovers: Sequence[str]) -> Figure | None:
     layout = base_layout(430, f"{x.title} [{unit}]", f"{y.title} [{y.unit}]", hovermode="closest")
     layout["yaxis"]["rangemode"] = "tozero"
     data: list[dict[str, Any]] = []
-    for at, curve in enumerate(trade["curves"][:MOST_CURVES]):
+    shown = spaced(len(trade["curves"]), MOST_CURVES)
+    for at, curve in enumerate(trade["curves"][one] for one in shown):
         points = [told["points"][number] for number in curve["points"]]
         xs = [_digits((x.of(point["result"]) or 0.0) * scale) for point in points]
         ys = [_digits((y.of(point["result"]) or 0.0) * y.scale) for point in points]

@@ -95,7 +95,8 @@ def _add_tradeoff(page: Page, told: Record, hovers: Sequence[str]) -> None:
         f"Knee: {escape(trade['definition'])}.</p>"
     )
     page.figure(tradeoff_figure(told, hovers), f"{y.title} against {x.title}, knees marked")
-    said = "".join(f"<li>{escape(line)}</li>" for line in knee_lines(told)[:MOST_CURVES])
+    page.add(_chosen(len(trade["curves"])))
+    said = "".join(f"<li>{escape(line)}</li>" for line in knee_lines(told, MOST_CURVES))
     page.add(f"<ul>{said}</ul></section>")
 
 
@@ -109,8 +110,7 @@ def _add_figures(page: Page, told: Record, hovers: Sequence[str]) -> None:
         return
     page.add(f"<section><h2>Against {escape(names[along])}</h2>{_legend(curves)}")
     n_all = len({tuple(v for k, v in point["set"].items() if k != along) for point in told["points"]})
-    if n_all > MOST_CURVES:
-        page.add(f'<p class="note">The first {MOST_CURVES} of {n_all:,} curves; all points are below.</p>')
+    page.add(_chosen(n_all))
     page.add('<div class="figures">')
     for metric in drawn:
         page.add(f"<div><h3>{escape(metric.title)}</h3>")
@@ -122,6 +122,12 @@ def _add_figures(page: Page, told: Record, hovers: Sequence[str]) -> None:
     lines = [f"{metric.words} {metric.text(metric.of(result))}" for metric in same]
     page.add(f'<p class="note">The same at all points: {escape(", ".join(lines))}.</p>' if same else "")
     page.add("</section>")
+
+
+def _chosen(n_curves: int) -> str:
+    if n_curves <= MOST_CURVES:
+        return ""
+    return f'<p class="note">{MOST_CURVES} of {n_curves:,} curves, evenly chosen; all points are in the table.</p>'
 
 
 def _varies(told: Record, metric: Metric) -> bool:

@@ -18,6 +18,7 @@ __all__ = [
     "knee_lines",
     "refused_groups",
     "shown_metrics",
+    "spaced",
     "value_text",
     "values_text",
 ]
@@ -167,13 +168,26 @@ def values_text(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
     return ", ".join(said) or "different values"
 
 
-def knee_lines(told: Record) -> list[str]:
-    """What the knees of a trade-off mean, curves of which the same is said in one line."""
+def spaced(n: int, most: int) -> list[int]:
+    """Places of at most `most` of n things, evenly chosen, both ends among them."""
+    return sorted({round(at * (n - 1) / max(min(n, most) - 1, 1)) for at in range(min(n, most))})
+
+
+def knee_lines(told: Record, most: int) -> list[str]:
+    """What the knees of a trade-off mean, curves of which the same is said in one line.
+
+    Parameters
+    ----------
+    told
+        The object of ``moesim sweep --json``.
+    most
+        Curves at most, evenly chosen.
+    """
     trade, names = told.get("tradeoff"), key_names(told["swept"])
     if not trade:
         return []
     lines: dict[str, list[str]] = {}
-    for curve in trade["curves"]:
+    for curve in (trade["curves"][at] for at in spaced(len(trade["curves"]), most)):
         lines.setdefault(_knee_words(told, curve), []).append(values_text(curve["set"], names))
     is_one = len(trade["curves"]) == 1
     return [
@@ -194,7 +208,7 @@ def _knee_words(told: Record, curve: Record) -> str:
     return (
         f"is a knee at {at}: {y.words} {y.text(y.of(point['result']))}, "
         f"{x.words} {x.text(x.of(point['result']))}. "
-        f"Up to there {one} less costs {before}, beyond it {beyond}: {costs['beyond'] / costs['before']:.1f} "
+        f"Up to there {one} less costs {before}, beyond it {beyond}: {costs['beyond'] / costs['before']:.3g} "
         "times as much."
     )
 

@@ -351,6 +351,32 @@ def test_page_of_names_and_of_no_result(moesim: Callable[..., tuple[int, str, st
     assert "All 2 points are refused" in (asked.parent / "b.html").read_text()
 
 
+def test_quantities_and_numbers_stand_in_order_on_an_axis(
+    moesim: Callable[..., tuple[int, str, str]], asked: Path
+) -> None:
+    sets = (
+        "--set",
+        "cluster.nic=400 Gb/s,100 Gb/s,200 Gb/s",
+        "--set",
+        "layout.ep=1,2",
+        "--set",
+        "cluster.nodes=2",
+    )
+    assert moesim("asked.yaml", *sets, "--report", "a.html")[0] == 0
+    text = (asked.parent / "a.html").read_text()
+    assert '"text":"nic [Gb/s]"' in text
+    assert '"x":[100.0,200.0,400.0]' in text
+
+
+def test_many_curves_are_thinned_and_said(moesim: Callable[..., tuple[int, str, str]], asked: Path) -> None:
+    sets = ("--set", "seed=0..19", "--set", "workload.batch_per_rank=1..15")
+    assert moesim("asked.yaml", *sets, "--report", "a.html")[0] == 0
+    text = (asked.parent / "a.html").read_text()
+    assert "12 of 15 curves, evenly chosen" in text
+    assert ">batch per rank 1<" in text
+    assert ">batch per rank 15<" in text
+
+
 def test_csv_reads_back_as_numbers(moesim: Callable[..., tuple[int, str, str]], asked: Path) -> None:
     moesim("asked.yaml", "--set", "layout.ep=1:4:1", "--csv", "a.csv")
     rows = list(csv.DictReader(io.StringIO((asked.parent / "a.csv").read_text())))

@@ -83,6 +83,14 @@ def test_less_than_a_prediction_can_tell_is_no_knee() -> None:
     assert told["curves"][0]["why_not"] == "what is saved is less than 1%"
 
 
+def test_points_of_a_curve_ascend_whatever_order_they_were_asked_in() -> None:
+    dropped = {(3, "a"): 0.0, (1, "a"): 0.2, (2, "a"): 0.04}
+    told = tradeoff(["factor", "policy"], points(dropped, {(1, "a"): 1.0, (2, "a"): 1.2, (3, "a"): 2.0}))
+    assert told is not None
+    assert told["curves"][0]["points"] == [1, 2, 0]
+    assert told["curves"][0]["knee"] == 2
+
+
 def test_nothing_traded_is_none() -> None:
     assert tradeoff(["factor", "policy"], []) is None
     same = {(1, "a"): 0.0, (2, "a"): 0.0, (3, "a"): 0.0}
