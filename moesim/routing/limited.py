@@ -148,7 +148,7 @@ def _assign(draw: Draw, policy: CapacityPolicy, n_tokens: int) -> _One:
     most = policy.rows_per_slot(n_tokens, n_ranks, n_slots, shape.top_k)
     growth, limits, wanted = n_tokens / drawn, None, np.zeros((0, n_slots))
     own = RowShape(shape.n_layers, n_ranks, drawn, policy.per_source)
-    if n_tokens > drawn and policy.router == "top-k":
+    if n_tokens > drawn:
         asked = own.counts(slots_of(np.ascontiguousarray(np.moveaxis(ids, -1, 0)), placement), n_slots)
         wanted = _wanted(draw, asked, own, n_tokens)
         limits = _drawn_limits(asked, wanted, most, growth, policy, rng)
@@ -157,21 +157,26 @@ def _assign(draw: Draw, policy: CapacityPolicy, n_tokens: int) -> _One:
         ids, placement, policy, limits=limits, weights=weights, popularity=popularity, rng=rng
     )
     by_layer = RowShape(shape.n_layers, n_ranks, drawn, per_source=False)
-    if limits is not None:
+    if policy.router == "expert-choice":
+        growth = most / max(policy.rows_per_slot(drawn, n_ranks, n_slots, shape.top_k), 1)
+        rows = by_layer.counts(found.slots, n_slots) * growth
+        wanted = by_layer.counts(found.asked, n_slots) if limits is None else _summed(wanted, shape.n_layers)
+    elif limits is not None:
         moved = np.where(found.rerouted, found.slots, np.uint16(n_slots)) if found.rerouted.any() else None
         more = 0.0 if moved is None else own.counts(moved, n_slots) * growth
-        rows = np.minimum(np.minimum(wanted, most) + more, most)
-        wanted, rows = (one.reshape(shape.n_layers, -1, n_slots).sum(axis=1) for one in (wanted, rows))
-    elif policy.router == "expert-choice":
-        growth = most / max(policy.rows_per_slot(drawn, n_ranks, n_slots, shape.top_k), 1)
-        wanted = by_layer.counts(found.asked, n_slots) * (n_tokens / drawn)
-        rows = by_layer.counts(found.slots, n_slots) * growth
+        by_row = np.minimum(np.minimum(wanted, most) + more, most)
+        rows, wanted = (_summed(one, shape.n_layers) for one in (by_row, wanted))
     else:
         wanted, rows = by_layer.counts(found.asked, n_slots), by_layer.counts(found.slots, n_slots)
     buffers = np.full(rows.shape, float(most * own.n_rows // shape.n_layers))
     computed = buffers if policy.padding == "capacity" else rows
     loss = _loss(found, weights, wanted, rows, computed, n_ranks, policy)
     return _One(found, most, growth, computed, loss)
+
+
+def _summed(by_row: FloatArray, n_layers: int) -> FloatArray:
+    """Rows of one layer added up: (n_layers, n_slots)."""
+    return np.asarray(by_row.reshape(n_layers, -1, by_row.shape[1]).sum(axis=1))
 
 
 def _wanted(draw: Draw, asked: FloatArray, own: RowShape, n_tokens: int) -> FloatArray:
@@ -218,7 +223,7 @@ def _loss(
         max(dropped, 0.0),
         float((found.slots == n_slots).all(axis=0).mean()),
         float(found.rerouted.mean()),
-        1.0 - rows.sum() / max(computed.sum(), 1.0),
+        1.0 - rows.sum() / computed.sum() if computed.any() else 0.0,
         float((by_rank.max(axis=-1) / by_rank.mean(axis=-1)).mean()),
     )
     columns = [np.array([one]) for one in figures]

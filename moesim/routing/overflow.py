@@ -301,7 +301,7 @@ def chosen_by_experts(
         for choice, one in enumerate(own[:, rows]):
             refused[choice, rows] = ~np.take_along_axis(held, one[..., None].astype(np.intp), -1)[..., 0]
         found.append(_as_planes(held.reshape(-1, n_slots)))
-    n_planes = max(len(one) for one in found)
+    n_planes = max(1, *(len(one) for one in found))
     taken = np.full((n_planes, shape.n_layers, found[0].shape[1]), n_slots, dtype=np.uint16)
     for layer, one in enumerate(found):
         taken[: len(one), layer] = one
@@ -331,8 +331,10 @@ def _taken(
     for choice, slot in enumerate(own):
         key[row, slot, token] = 0 if rank is None else rank[choice]
     key = (key << np.uint32(16)) | np.arange(n_tokens, dtype=np.uint32)
-    first = np.partition(key, n_taken - 1, axis=-1)[..., :n_taken] & np.uint32(0xFFFF)
     out = np.zeros((n_rows, n_slots, n_tokens), dtype=bool)
+    if n_taken == 0:
+        return out.transpose(0, 2, 1)
+    first = np.partition(key, n_taken - 1, axis=-1)[..., :n_taken] & np.uint32(0xFFFF)
     np.put_along_axis(out, first.astype(np.intp), True, -1)
     return out.transpose(0, 2, 1)
 

@@ -325,6 +325,18 @@ def test_a_capacity_that_rounds_to_nothing():
     ids = np.zeros((1, 2, 2, 1), dtype=np.uint16)
     found = apply_capacity(ids, Placement(2, 2, np.array([[0, 1]])), CapacityPolicy(0.5, "tutel"))
     assert found.dropped.all()
+    chosen = apply_capacity(
+        ids, Placement(2, 2, np.array([[0, 1]])), CapacityPolicy(0.5, "tutel", router="expert-choice")
+    )
+    assert np.all(chosen.slots == 2)
+    for router in ("top-k", "expert-choice"):
+        none = points(
+            CapacityPolicy(0.01, "tutel", padding="capacity", router=router), (16, 600), max_tokens=256
+        )
+        assert not none.tokens_per_slot.any()
+        assert np.all(none.loss.tokens_without_expert_fraction == 1)
+        assert np.all(none.loss.padding_fraction == 0)
+        assert not none.exchanges["per_rank"].sent_nic.any()
 
 
 def test_a_draw_too_large_to_sort_is_refused():
