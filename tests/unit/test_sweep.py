@@ -122,6 +122,12 @@ def test_with_the_engine_every_key_is_a_run_s(asked: Path) -> None:
             assert value == one[key], (point["set"], key)
 
 
+def test_what_is_played_is_shown(moesim: Callable[..., tuple[int, str, str]]) -> None:
+    sets = ("--set", "workload.batch_per_rank=8,16")
+    assert " played " in moesim("asked.yaml", *sets, "--engine")[1]
+    assert " played " not in moesim("asked.yaml", *sets)[1]
+
+
 def test_training_and_the_knee(moesim: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = moesim("train.yaml", "--set", "policy.capacity_factor=1.0:2.0:0.125", "--json")
     told = json.loads(out)
