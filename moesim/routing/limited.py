@@ -146,32 +146,54 @@ def _assign(draw: Draw, policy: CapacityPolicy, n_tokens: int) -> _One:
     weights = None if weights is None else weights[:, :, :drawn]
     rng = np.random.default_rng([draw.seed, n_ranks, n_tokens, 3])
     most = policy.rows_per_slot(n_tokens, n_ranks, n_slots, shape.top_k)
-    growth, limits, wanted = n_tokens / drawn, None, np.zeros((0, n_slots))
+    growth = n_tokens / drawn
+    limits, demand = None, None
     own = RowShape(shape.n_layers, n_ranks, drawn, policy.per_source)
     if n_tokens > drawn:
         asked = own.counts(slots_of(np.ascontiguousarray(np.moveaxis(ids, -1, 0)), placement), n_slots)
-        wanted = _wanted(draw, asked, own, n_tokens)
-        limits = _drawn_limits(asked, wanted, most, growth, policy, rng)
+        demand = _wanted(draw, asked, own, n_tokens)
+        limits = _drawn_limits(asked, demand, most, growth, policy, rng)
     popularity = inclusion(draw.source, shape)
     found = apply_capacity(
         ids, placement, policy, limits=limits, weights=weights, popularity=popularity, rng=rng
     )
-    by_layer = RowShape(shape.n_layers, n_ranks, drawn, per_source=False)
-    if policy.router == "expert-choice":
+    choosing = policy.router == "expert-choice"
+    if choosing:
         growth = most / max(policy.rows_per_slot(drawn, n_ranks, n_slots, shape.top_k), 1)
-        rows = by_layer.counts(found.slots, n_slots) * growth
-        wanted = by_layer.counts(found.asked, n_slots) if limits is None else _summed(wanted, shape.n_layers)
-    elif limits is not None:
-        moved = np.where(found.rerouted, found.slots, np.uint16(n_slots)) if found.rerouted.any() else None
-        more = 0.0 if moved is None else own.counts(moved, n_slots) * growth
-        by_row = np.minimum(np.minimum(wanted, most) + more, most)
-        rows, wanted = (_summed(one, shape.n_layers) for one in (by_row, wanted))
-    else:
-        wanted, rows = by_layer.counts(found.asked, n_slots), by_layer.counts(found.slots, n_slots)
-    buffers = np.full(rows.shape, float(most * own.n_rows // shape.n_layers))
-    computed = buffers if policy.padding == "capacity" else rows
+    wanted, rows = _rows(found, demand, most, growth, own, n_slots, choosing=choosing)
+    computed = rows
+    if policy.padding == "capacity":
+        # MegaBlocks pads to the busiest expert where nothing limits it
+        free = policy.convention == "megablocks" and most == n_tokens * n_ranks
+        whole = rows.max(axis=1, keepdims=True) if free else float(most * own.n_rows // shape.n_layers)
+        computed = np.broadcast_to(whole, rows.shape)
     loss = _loss(found, weights, wanted, rows, computed, n_ranks, policy)
     return _One(found, most, growth, computed, loss)
+
+
+def _rows(
+    found: Assigned,
+    demand: FloatArray | None,
+    most: int,
+    growth: float,
+    own: RowShape,
+    n_slots: int,
+    *,
+    choosing: bool,
+) -> tuple[FloatArray, FloatArray]:
+    """Rows that slots were asked for, and those they take, at the size asked for: (n_layers, n_slots) each.
+
+    `demand` (n_rows, n_slots) is what rows ask of slots, where not all tokens were drawn.
+    """
+    by_layer = RowShape(own.n_layers, own.n_ranks, own.n_tokens, per_source=False)
+    wanted = by_layer.counts(found.asked, n_slots) if demand is None else _summed(demand, own.n_layers)
+    if demand is None or choosing:
+        return wanted, by_layer.counts(found.slots, n_slots) * growth
+    kept = np.minimum(demand, most)
+    if found.rerouted.any():
+        moved = np.where(found.rerouted, found.slots, np.uint16(n_slots))
+        kept = np.minimum(kept + own.counts(moved, n_slots) * growth, most)
+    return wanted, _summed(kept, own.n_layers)
 
 
 def _summed(by_row: FloatArray, n_layers: int) -> FloatArray:

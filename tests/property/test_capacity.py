@@ -321,6 +321,10 @@ def test_a_capacity_per_rank_drops_more_than_one_for_all():
 def test_a_capacity_that_rounds_to_nothing():
     """MegaBlocks takes 0 rows for no limit; Tutel drops everything."""
     assert CapacityPolicy(0.5, "megablocks").rows_per_slot(1, 4, 16, 2) == 4
+    few, plain = points(CapacityPolicy(0.5, "megablocks", padding="capacity"), (1,)), points(None, (1,))
+    busiest = plain.tokens_per_slot.max(axis=(2, 3), keepdims=True)
+    assert np.array_equal(few.tokens_per_slot, np.broadcast_to(busiest, plain.tokens_per_slot.shape))
+    assert few.loss.dropped_fraction[0] == 0
     assert CapacityPolicy(0.5, "tutel").rows_per_slot(8, 4, 16, 2) == 0
     ids = np.zeros((1, 2, 2, 1), dtype=np.uint16)
     found = apply_capacity(ids, Placement(2, 2, np.array([[0, 1]])), CapacityPolicy(0.5, "tutel"))
