@@ -1,4 +1,4 @@
-"""Commands: plan, run, explain, network, list, trace, schema, and calibrate, which loads only when it is called."""
+"""Commands: plan, run, sweep, explain, network, list, trace, schema; calibrate loads only when it is called."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import typer
 
 from moesim.cli import show
 from moesim.cli.guard import guarded
+from moesim.cli.paths import page_path, writable
+from moesim.cli.sweep import sweep
 from moesim.cli.trace import app as trace_app
-from moesim.errors import MoesimError, ScenarioError
+from moesim.errors import MoesimError
 from moesim.scenario import DEFAULT_SCENARIO, ScenarioFile, json_schema, load_scenario
 
 __all__ = ["app", "main"]
@@ -25,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(trace_app, name="trace")
+app.command()(sweep)
 
 T = TypeVar("T")
 
@@ -53,7 +56,7 @@ def plan(
     from moesim.plan import plan as search
     from moesim.plan import plan_answer
 
-    page = _page(report, "moesim-plan.html", quiet=json)
+    page = page_path(report, "moesim-plan.html", quiet=json)
     file = load_scenario(scenario or DEFAULT_SCENARIO, set_ or ())
     with show.bar("pricing layouts", quiet=json) as progress:
         found = _located(file, lambda: search(file.scenario, progress=progress))
@@ -86,8 +89,8 @@ def run(
     from moesim.plan import run as simulate
     from moesim.plan import run_answer
 
-    page = _page(report, None, quiet=json)
-    timeline = _writable(timeline, "--timeline")
+    page = page_path(report, None, quiet=json)
+    timeline = writable(timeline, "--timeline")
     file = load_scenario(scenario, set_ or ())
     single = file.single()
     found = _located(file, lambda: simulate(single))
@@ -138,7 +141,7 @@ def network(
     """Solve one layer's collectives over the cluster's links: what bounds them, what faster ones buy."""
     from moesim.plan.network import network_answer
 
-    page = _page(html, None, quiet=json)
+    page = page_path(html, None, quiet=json)
     file = load_scenario(scenario, set_ or ())
     single = file.single()
     answer = _located(file, lambda: network_answer(single, layer=layer))
@@ -186,42 +189,12 @@ def calibrate(context: typer.Context) -> None:
         raise typer.Exit(int(code))
 
 
-def _page(wanted: str | None, default: str | None, *, quiet: bool) -> Path | None:
-    if wanted == "none" or (wanted is None and (quiet or default is None)):
-        return None
-    return _writable(Path(wanted or default or ""), "--report")
-
-
-def _writable(path: Path | None, place: str) -> Path | None:
-    """Refuse a file that cannot be written, before any work is done for it."""
-    if path is None:
-        return None
-    if path.is_dir():
-        raise ScenarioError("is a folder", value=str(path), place=place, fix="add the name of a file")
-    if not path.resolve().parent.is_dir():
-        raise ScenarioError("its folder does not exist", value=str(path), place=place, fix="make the folder")
-    return path
-
-
-_KEYS = {
-    "HardwareError": "cluster",
-    "LayoutError": "layout",
-    "ModelError": "model",
-    "ProfileError": "dtype",
-    "TraceError": "routing.trace",
-}
-"""Key of a scenario that each kind of error is about."""
-
-
 def _located(file: ScenarioFile, work: Callable[[], T]) -> T:
     """Run something of a scenario; an error without a place, or with only a key, gets the file's."""
     try:
         return work()
     except MoesimError as error:
-        key = _KEYS.get(type(error).__name__)
-        if error.place is not None and error.place in (key, "policy.dispatch"):
-            raise error.at(file.place(error.place)) from None
-        raise (file.located(error, key) if key else error) from None
+        raise file.placed(error) from None
 
 
 def main() -> None:

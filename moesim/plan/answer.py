@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -19,7 +19,7 @@ from moesim.plan.run import Run, simulated
 from moesim.scenario.schema import Scenario
 from moesim.scenario.workload import TrainWorkload
 
-__all__ = ["Maps", "PlanAnswer", "maps_of", "plan_answer", "run_answer"]
+__all__ = ["Maps", "PlanAnswer", "maps_of", "plan_answer", "run_answer", "whole_run"]
 
 N_BREAKDOWNS = 8
 """Layouts whose time is broken down on their critical rank; kernel times are given of the others."""
@@ -79,7 +79,7 @@ def plan_answer(
             row = {**one.outcome.row(one.point), "engine": None}
             if number < N_BREAKDOWNS:
                 row["breakdown_s"] = one.outcome.play(one.point, events=False).breakdown_s
-        rows.append({"rank": number + 1, **row, **_whole_run(row, found.scenario)})
+        rows.append({"rank": number + 1, **row, **whole_run(row, found.scenario)})
     best = found.ranked[0].outcome if found.ranked else None
     plan = {
         "scenario": scenario_row(found.scenario),
@@ -101,7 +101,7 @@ def plan_answer(
 
 def run_answer(found: Run, scenario: Scenario) -> tuple[dict[str, Any], Maps]:
     """A run as plain values, and its maps."""
-    result = {"scenario": scenario_row(scenario), **found.row, **_whole_run(found.row, scenario)}
+    result = {"scenario": scenario_row(scenario), **found.row, **whole_run(found.row, scenario)}
     result["warnings"] = warnings_of(scenario, found.context) + _link_warnings(found.row)
     if found.outcome is None:
         return {**result, "provenance": []}, Maps("", result, None, None, None, (), None, ())
@@ -120,7 +120,7 @@ def _link_warnings(row: dict[str, Any]) -> list[str]:
     return [f"token exchanges have too many flows to share links: each rank's own ports price them{slow}"]
 
 
-def _whole_run(row: dict[str, Any], scenario: Scenario) -> dict[str, Any]:
+def whole_run(row: dict[str, Any], scenario: Scenario) -> dict[str, Any]:
     """Days and dollars of a whole training run; null where its tokens are not given, absent of other workloads."""
     if not isinstance(scenario.workload, TrainWorkload):
         return {}
@@ -130,11 +130,14 @@ def _whole_run(row: dict[str, Any], scenario: Scenario) -> dict[str, Any]:
     return {"days": tokens / row["tokens_per_s"] / 86_400, "usd": tokens / 1e6 * row["usd_per_mtok"]}
 
 
-def scenario_row(scenario: Scenario) -> dict[str, Any]:
-    """What was asked, in short."""
+def scenario_row(scenario: Scenario, swept: Collection[str] = ()) -> dict[str, Any]:
+    """What was asked, in short, less what a sweep varies."""
     work = scenario.workload.model_dump(exclude_none=True)
-    sizes = ", ".join(f"{key} {_shown(value)}" for key, value in work.items() if key != "kind")
-    return {"model": scenario.model, "workload": f"{scenario.workload.kind}: {sizes}", "seed": scenario.seed}
+    kept = [key for key in work if key != "kind" and f"workload.{key}" not in swept]
+    sizes = ", ".join(f"{key} {_shown(work[key])}" for key in kept)
+    workload = f"{scenario.workload.kind}: {sizes}" if sizes else scenario.workload.kind
+    row = {"model": scenario.model, "workload": workload, "seed": scenario.seed}
+    return {key: value for key, value in row.items() if key not in swept}
 
 
 def _shown(value: Any) -> str:

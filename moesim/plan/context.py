@@ -8,16 +8,23 @@ from typing import Literal
 
 from moesim.cost.backend import TRAINING, Asked, Backend, backend_of
 from moesim.cost.price import Pricer
-from moesim.errors import ProfileError
+from moesim.errors import ProfileError, TraceError
 from moesim.hardware.cluster import Cluster
 from moesim.hardware.profile import Profile, open_profile, profile_for
 from moesim.model import load_model
 from moesim.model.spec import ModelSpec
 from moesim.network.choice import DispatchChoice, choose_dispatch
-from moesim.plan.loads import TrafficMaker
-from moesim.routing import RoutingSource, SyntheticRouting, default_routing, open_trace
+from moesim.plan.loads import TrafficMaker, routing_shape
+from moesim.routing import (
+    RoutingSource,
+    RoutingTrace,
+    SyntheticRouting,
+    default_routing,
+    inclusion,
+    open_trace,
+)
+from moesim.routing.capacity import CapacityPolicy
 from moesim.scenario.schema import RoutingChoice, Scenario
-from moesim.work.capacity import CapacityConvention
 from moesim.work.case import Case, Layout
 from moesim.work.ops import FloatArray
 
@@ -37,7 +44,7 @@ class Choice:
 
     dispatch: str = "auto"
     overlap: Literal["none", "two-batch"] = "none"
-    capacity_factor: float | None = None
+    capacity: CapacityPolicy | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +57,6 @@ class Context:
     weight_dtype: str
     expert_dtype: str
     kv_dtype: str
-    capacity_convention: CapacityConvention = "megatron"
     seed: int = 0
     max_drawn_tokens: int = 8192
     """Tokens drawn for one expert group; larger batches are extrapolated from them."""
@@ -58,6 +64,10 @@ class Context:
     """Flows of a step above which the engine keeps the price per port, where it could play more."""
     own_profile: Profile | None = None
     """Parameters that a user measured, for one GPU."""
+    placed_by: RoutingSource | None = None
+    """Routing that placements are made from, where it is not `source`."""
+    rebalance_every: int | None = None
+    """Steps until a placement made from `source` takes over."""
     _profiles: dict[str, Profile] = field(default_factory=dict)
     _makers: dict[str, TrafficMaker] = field(default_factory=dict)
     _memos: dict[int, tuple[Cluster, dict[Hashable, FloatArray]]] = field(default_factory=dict)
@@ -87,11 +97,12 @@ class Context:
             weights,
             experts,
             kv_dtype,
-            scenario.policy.capacity_convention,
             scenario.seed,
             max_drawn_tokens,
             max_flows,
             _own_profile(scenario),
+            _placed_by(scenario, model),
+            scenario.layout.rebalance_every,
         )
         if backend.stand_in is not None:
             for cluster in scenario.cluster.clusters():
@@ -119,7 +130,9 @@ class Context:
     def traffic(self) -> TrafficMaker:
         """Maker of expert loads; keeps what it has drawn."""
         if "only" not in self._makers:
-            self._makers["only"] = TrafficMaker(self.model, self.source, self.seed, self.max_drawn_tokens)
+            self._makers["only"] = TrafficMaker(
+                self.model, self.source, self.seed, self.max_drawn_tokens, self.placed_by
+            )
         return self._makers["only"]
 
     def profile(self, cluster: Cluster) -> Profile:
@@ -148,8 +161,7 @@ class Context:
             dispatch,
             choice.overlap if exchanges else "none",
             DISPATCH_FP8_BYTES if fp8_out else 2.0,
-            choice.capacity_factor,
-            self.capacity_convention,
+            choice.capacity,
         )
 
     def dispatch(self, cluster: Cluster, layout: Layout, wanted: str, phase: str) -> DispatchChoice:
@@ -220,6 +232,24 @@ class Context:
             said.append(f"{idle:.0%} of the experts in the trace get no token: is it of this model?")
         return said
 
+    def policy_warnings(self, scenario: Scenario) -> list[str]:
+        """What is assumed of a router where a capacity asks for more than its trace tells."""
+        policy = scenario.policy
+        if not self.model.is_moe or all(factor is None for factor in policy.capacity_factor):
+            return []
+        said: list[str] = []
+        choosing = "expert-choice" in policy.router.values
+        weighed = isinstance(self.source, RoutingTrace) and self.source.expert_weights is not None
+        if "drop-weight" in policy.overflow.values and not weighed:
+            said.append("the routing has no router weights: drop-weight drops by position")
+        if "reroute" in policy.overflow.values and "top-k" in policy.router.values:
+            said.append("assumed: rerouted tokens go to experts with room, drawn by popularity")
+        if choosing:
+            said.append("assumed: experts take the tokens that chose them, then tokens at random")
+        if choosing and scenario.workload.kind in ("decode", "serve"):
+            said.append("expert choice looks at all tokens of a batch: a causal decoder cannot be served so")
+        return said
+
     def busiest(self, case: Case) -> float:
         """Rows of the busiest expert rank over the mean, by the routing's popularity, in the worst layer."""
         return self.traffic.busiest(case) if self.model.is_moe else 1.0
@@ -253,6 +283,21 @@ def _own_profile(scenario: Scenario) -> Profile | None:
             place="profile",
         )
     return own
+
+
+def _placed_by(scenario: Scenario, model: ModelSpec) -> RoutingSource | None:
+    """Routing that placements are made from; refused where it is of another model."""
+    name = scenario.layout.placement_trace
+    if name is None or model.moe is None:
+        return None
+    source = _source(RoutingChoice(**RoutingChoice.from_text(name)), model)
+    try:
+        inclusion(source, routing_shape(model))
+    except TraceError as error:
+        raise TraceError(
+            error.rule, value=error.value, fix=error.fix, place="layout.placement_trace"
+        ) from None
+    return source
 
 
 def _source(choice: RoutingChoice, model: ModelSpec) -> RoutingSource:

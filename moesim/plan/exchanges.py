@@ -18,7 +18,6 @@ from moesim.network.transfers import evened
 from moesim.plan.loads import TrafficMaker, scaled_traffic
 from moesim.routing import Traffic
 from moesim.work.case import Case
-from moesim.work.ffn import ExpertTraffic
 from moesim.work.ops import Combine, Exchange, FloatArray
 
 __all__ = ["LinkedExchanges", "one_layer"]
@@ -60,8 +59,6 @@ class LinkedExchanges:
     phase: str
     replica_tokens: FloatArray
     """(n_points,) tokens of one attention replica in one exchange."""
-    routed: ExpertTraffic
-    """Copies before any are dropped over capacity."""
     max_flows: float = float("inf")
     """Flows above which none are played, where that is fewer than `MOST_FLOWS`."""
 
@@ -135,7 +132,7 @@ class StageExchanges:
         """
         key = (layer, isinstance(op, Combine), op.token_bytes)
         if key not in self._told:
-            self._told[key] = self._solved(op, self._traffic(op, layer, repeat, group), group)
+            self._told[key] = self._solved(op, self._of_layer(layer), group)
         return self._told[key]
 
     def network(self) -> Network:
@@ -218,28 +215,3 @@ class StageExchanges:
         """One shard's copies of a layer."""
         row = self.of.case.model.moe_layers.index(layer)
         return one_layer(self.copies, row, 1.0 / self.of.case.layout.etp)
-
-    def _traffic(self, op: Exchange, layer: int, repeat: int, group: IntArray) -> Traffic:
-        """The same, less what is dropped over capacity: as in the price, each rank gets a share of its own."""
-        traffic, case = self._of_layer(layer), self.of.case
-        if case.capacity_factor is None:
-            return traffic
-        members = np.flatnonzero(group == group[0])
-        near, far = (
-            (op.sent_nvlink, op.sent_nic)
-            if isinstance(op, Combine)
-            else (op.received_nvlink, op.received_nic)
-        )
-        arrive = (near + far)[self.point, repeat, members] * case.layout.etp
-        row = case.model.moe_layers.index(layer)
-        wanted = (self.of.routed.received_nvlink + self.of.routed.received_nic)[self.point, row]
-        kept = np.divide(arrive, wanted, out=np.ones_like(wanted), where=wanted > 0)
-        domain = np.arange(kept.size) // self.of.ranks_per_domain
-        to_domain = np.bincount(domain, arrive) / np.maximum(np.bincount(domain, wanted), 1e-30)
-        thinned = (
-            traffic.copies_per_rank * kept,
-            traffic.copies_per_node * to_domain,
-            traffic.assignments * kept,
-        )
-        whole = [np.asarray(one) for one in thinned]
-        return Traffic(*whole)

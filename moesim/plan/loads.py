@@ -19,20 +19,35 @@ from moesim.routing import (
     RoutingSource,
     Traffic,
     balanced,
+    coactivation,
     contiguous,
-    count_batch,
-    draw_batch,
     eplb,
     inclusion,
     load_points,
     load_traffic,
     read_placement,
     round_robin,
+    some_tokens,
 )
+from moesim.routing.capacity import CapacityLoss, CapacityPolicy
 from moesim.work.case import Case, Layout
 from moesim.work.ffn import ExpertTraffic
 
-__all__ = ["TrafficMaker", "scaled_traffic"]
+__all__ = ["TrafficMaker", "routing_shape", "scaled_traffic"]
+
+
+def routing_shape(model: ModelSpec) -> RoutingShape:
+    """What a model's routers draw.
+
+    Raises
+    ------
+    LayoutError
+        If the model is dense.
+    """
+    moe = model.moe
+    if moe is None:
+        raise LayoutError("a dense model has no router")
+    return RoutingShape(len(model.moe_layers), moe.n_experts, moe.top_k, moe.n_groups, moe.top_groups)
 
 
 def scaled_traffic(traffic: Traffic, share: float) -> Traffic:
@@ -55,47 +70,64 @@ class TrafficMaker:
         Seed of the draws.
     max_tokens
         Most tokens drawn for one group.
+    placed_by
+        Trace or generator that placements are made from, where it is not `source`.
     """
 
-    def __init__(self, model: ModelSpec, source: RoutingSource, seed: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        source: RoutingSource,
+        seed: int,
+        max_tokens: int,
+        placed_by: RoutingSource | None = None,
+    ) -> None:
         self.model = model
         self.source = source
+        self.placed_by = placed_by or source
         self.seed = seed
         self.max_tokens = max_tokens
         self._placements: dict[tuple[object, ...], Placement] = {}
-        self._busiest: dict[Placement, float] = {}
+        self._busiest: dict[tuple[Placement, CapacityPolicy | None], float] = {}
         self._sizes: dict[tuple[object, ...], dict[int, _Size]] = {}
 
     @property
     def shape(self) -> RoutingShape:
         """What the model's routers draw."""
-        moe = self.model.moe
-        if moe is None:
-            raise LayoutError("a dense model has no router")
-        return RoutingShape(
-            len(self.model.moe_layers), moe.n_experts, moe.top_k, moe.n_groups, moe.top_groups
-        )
+        return routing_shape(self.model)
 
-    def placement(self, layout: Layout, ranks_per_domain: int) -> Placement:
-        """Experts in slots, by the layout's policy and the source's popularity."""
+    def placement(
+        self, layout: Layout, ranks_per_domain: int, placed_by: RoutingSource | None = None
+    ) -> Placement:
+        """Experts in slots, by the layout's policy and what is known of the routing: `placed_by`, or the maker's."""
         n_domains = max(1, layout.ep // ranks_per_domain) if layout.ep % ranks_per_domain == 0 else 1
-        key = (layout.placement, layout.ep, layout.redundant_experts, n_domains)
+        by = placed_by or self.placed_by
+        key = (layout.placement, layout.ep, layout.redundant_experts, n_domains, by)
         if key not in self._placements:
-            self._placements[key] = self._place(layout, n_domains)
+            self._placements[key] = self._place(layout, n_domains, by)
         return self._placements[key]
 
-    def _place(self, layout: Layout, n_domains: int) -> Placement:
+    def _place(self, layout: Layout, n_domains: int, by: RoutingSource) -> Placement:
         shape, ep, extra = self.shape, layout.ep, layout.redundant_experts
         match layout.placement:
             case "contiguous":
                 return contiguous(shape.n_experts, ep, extra)
             case "round-robin":
                 return round_robin(shape.n_experts, ep, extra)
-            case "balanced" if not extra:
-                return balanced(inclusion(self.source, shape), ep)
-            case "eplb" | "balanced":
+            case "balanced":
+                return balanced(inclusion(by, shape), ep, extra)
+            case "coactivation":
+                return coactivation(
+                    some_tokens(by, shape),
+                    inclusion(by, shape),
+                    n_slots=shape.n_experts + extra,
+                    n_ranks=ep,
+                    n_nodes=n_domains,
+                    n_groups=shape.n_groups,
+                )
+            case "eplb":
                 return eplb(
-                    inclusion(self.source, shape),
+                    inclusion(by, shape),
                     n_slots=shape.n_experts + extra,
                     n_ranks=ep,
                     n_groups=shape.n_groups,
@@ -145,16 +177,20 @@ class TrafficMaker:
         # an expert group's ranks hold etp / tp of a replica's tokens each, whichever of the two is larger
         per_rank = np.asarray(replica_tokens, dtype=float) * layout.etp / layout.tp
         whole = np.maximum(np.ceil(per_rank - 1e-9), 1).astype(int)
-        known = self._drawn(layout, domain, drawn_phase, whole)
+        known = self._drawn(layout, domain, drawn_phase, whole, case.capacity)
         # a fraction of a token per rank is drawn as one: scaled back
         share = (per_rank / whole)[:, None, None]
-        copies = [known[n].exchanges[kind] for n in whole.tolist()]
+        sizes = [known[n] for n in whole.tolist()]
+        buffers = case.dispatch == "nccl"
+        copies = [one.padded if buffers and one.padded is not None else one.exchanges[kind] for one in sizes]
+        losses = [one.loss for one in sizes if one.loss is not None]
         return ExpertTraffic(
-            np.stack([known[n].slots for n in whole.tolist()]) * share[..., None],
+            np.stack([one.slots for one in sizes]) * share[..., None],
             np.stack([one.sent_nvlink for one in copies]) * share,
             np.stack([one.received_nvlink for one in copies]) * share,
             np.stack([one.sent_nic for one in copies]) * share,
             np.stack([one.received_nic for one in copies]) * share,
+            CapacityLoss.of_points(losses) if losses else None,
         )
 
     def copies(self, case: Case, phase: str, replica_tokens: float) -> Traffic:
@@ -183,32 +219,28 @@ class TrafficMaker:
             ranks_per_domain=domain,
             seed=self.seed,
             max_tokens=self.max_tokens,
+            capacity=_carried(case),
         )
         return scaled_traffic(drawn, per_rank / whole)
 
     def matrix(self, case: Case, phase: str, replica_tokens: float) -> NDArray[np.float64]:
         """(ep, ep) copies that one layer's dispatch moves between ranks, mean over layers, own rank zero.
 
-        One copy a token and rank; drawn apart, for a map, from up to 256 tokens a rank.
+        One copy a token and rank.
         """
-        layout = case.layout
-        per_rank = replica_tokens * layout.etp / layout.tp
-        drawn = int(np.clip(per_rank, 1, 256))
-        drawn_phase: Phase = "decode" if phase == "decode" else "prefill"
-        rng = np.random.default_rng([self.seed, layout.ep])
-        ids = draw_batch(
-            self.source, self.shape, n_ranks=layout.ep, n_tokens=drawn, phase=drawn_phase, rng=rng
-        )
-        domain = max(1, case.cluster.near_ranks // layout.etp)
-        counted = count_batch(
-            ids, self.placement(layout, domain), ranks_per_domain=min(domain, layout.ep), n_tokens=(drawn,)
-        )
-        copies = counted.traffic.copies_per_rank[-1].mean(axis=0) * per_rank / drawn
-        return np.asarray(copies * ~np.eye(layout.ep, dtype=bool))
+        copies = self.copies(case, phase, replica_tokens).copies_per_rank.mean(axis=0)
+        return np.asarray(copies * ~np.eye(case.layout.ep, dtype=bool))
 
-    def _drawn(self, layout: Layout, domain: int, phase: Phase, whole: NDArray[np.int64]) -> dict[int, _Size]:
+    def _drawn(
+        self,
+        layout: Layout,
+        domain: int,
+        phase: Phase,
+        whole: NDArray[np.int64],
+        capacity: CapacityPolicy | None,
+    ) -> dict[int, _Size]:
         """Loads by tokens per rank; sizes not met before are drawn together."""
-        key = (layout.ep, layout.redundant_experts, layout.placement, min(domain, layout.ep), phase)
+        key = (layout.ep, layout.redundant_experts, layout.placement, min(domain, layout.ep), phase, capacity)
         known = self._sizes.setdefault(key, {})
         missing = sorted(set(whole.tolist()) - set(known))
         if missing:
@@ -221,20 +253,26 @@ class TrafficMaker:
                 ranks_per_domain=min(domain, layout.ep),
                 seed=self.seed,
                 max_tokens=self.max_tokens,
+                capacity=capacity,
             )
             for point, size in enumerate(missing):
                 exchanges = {kind: _of_point(one, point) for kind, one in load.exchanges.items()}
-                known[size] = _Size(load.tokens_per_slot[point], exchanges)
+                padded = None if load.padded is None else _of_point(load.padded, point)
+                loss = None if load.loss is None else load.loss.at(point)
+                known[size] = _Size(load.tokens_per_slot[point], exchanges, padded, loss)
         return known
 
     def busiest(self, case: Case) -> float:
-        """Rows of the busiest rank over the mean, by popularity alone, in the worst layer."""
+        """Rows of the busiest rank over the mean that was routed, by popularity alone, in the worst layer."""
         layout = case.layout
         placement = self.placement(layout, max(1, case.cluster.near_ranks // layout.etp))
-        if placement not in self._busiest:
-            load = placement.rank_load(inclusion(self.source, self.shape))
-            self._busiest[placement] = float((load.max(axis=-1) / load.mean(axis=-1)).max())
-        return self._busiest[placement]
+        key = (placement, case.capacity)
+        if key not in self._busiest:
+            load = placement.expand(inclusion(self.source, self.shape))
+            mean = load.mean(axis=(-2, -1), keepdims=True)
+            held = load if case.capacity is None else _held(load, mean, case.capacity)
+            self._busiest[key] = float((held.mean(axis=-1).max(axis=-1) / mean[..., 0, 0]).max())
+        return self._busiest[key]
 
     def _kind(self, case: Case, domain: int) -> ExchangeKind:
         # Megatron's all-to-all, as DeepEP's low-latency kernels, sends a row to each expert
@@ -250,6 +288,30 @@ class _Size:
 
     slots: NDArray[np.float64]
     exchanges: dict[ExchangeKind, Exchange]
+    padded: Exchange | None = None
+    """Of an all-to-all that carries whole buffers of a capacity."""
+    loss: CapacityLoss | None = None
+
+
+def _held(
+    load: NDArray[np.float64], mean: NDArray[np.float64], capacity: CapacityPolicy
+) -> NDArray[np.float64]:
+    """Rows of slots, (n_layers, n_ranks, slots), that are left of a load; roundings apart."""
+    most = capacity.factor * mean
+    if capacity.padding == "capacity" or capacity.router == "expert-choice":
+        return np.broadcast_to(most, load.shape)
+    kept = np.minimum(load, most)
+    if capacity.overflow == "reroute":  # what is over goes to slots as they have room
+        over, room = (load - kept).sum((-2, -1), keepdims=True), most - kept
+        kept = kept + room * np.minimum(over / np.maximum(room.sum((-2, -1), keepdims=True), 1e-12), 1.0)
+    return kept
+
+
+def _carried(case: Case) -> CapacityPolicy | None:
+    """The capacity as the exchange sees it: only a plain all-to-all carries padding."""
+    if case.capacity is None or case.dispatch == "nccl":
+        return case.capacity
+    return replace(case.capacity, padding="none")
 
 
 def _of_point(one: Exchange, point: int) -> Exchange:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from moesim.model.params import count_parameters, layer_weights
 from moesim.model.spec import LayerSpec, ModelSpec
 from moesim.plan.played import Play
 from moesim.plan.steps import Pass
+from moesim.routing.capacity import CapacityLoss, CapacityPolicy
 from moesim.work.case import Case, Layout
 from moesim.work.ops import FloatArray, Op
 
@@ -58,7 +59,8 @@ class Outcome:
     tpot_s: FloatArray | None = None
     imbalance: FloatArray | None = None
     """Busiest expert rank over the mean."""
-    dropped_fraction: FloatArray | None = None
+    loss: CapacityLoss | None = None
+    """What a capacity does; None for a dense model."""
     category_s: dict[str, FloatArray] = field(default_factory=dict)
     """Kernel time by category."""
     calibrated: bool = True
@@ -133,7 +135,7 @@ class Outcome:
                 "dispatch": self._dispatch,
                 "resolved": self._resolved,
                 "overlap": self.case.overlap,
-                "capacity_factor": self.case.capacity_factor,
+                **capacity_row(self.case.capacity),
             },
             "workload": {name: _plain(values[point]) for name, values in self.workload.items()},
             "feasible": bool(self.fits[point]),
@@ -149,7 +151,7 @@ class Outcome:
             "breakdown_s": None,
             "kernel_s": {name: float(values[point]) for name, values in self.category_s.items()},
             "imbalance": _at(self.imbalance, point),
-            "dropped_fraction": _at(self.dropped_fraction, point),
+            **loss_row(self.loss, point),
             "band": {
                 "of": "step_s" if self.tpot_s is None else "tpot_s",
                 "low": time_s * (1 - width),
@@ -170,6 +172,24 @@ def layout_row(layout: Layout) -> dict[str, Any]:
         "redundant_experts": layout.redundant_experts,
         "placement": layout.placement,
     }
+
+
+def capacity_row(capacity: CapacityPolicy | None) -> dict[str, Any]:
+    """What the scenario's policy has to say for the same capacity; null where there is none."""
+    names = ("capacity_factor", "capacity_convention", "overflow", "padding", "router")
+    if capacity is None:
+        return dict.fromkeys(names)
+    values = (capacity.factor, capacity.convention, capacity.overflow, capacity.padding, capacity.router)
+    return dict(zip(names, values, strict=True))
+
+
+def loss_row(loss: CapacityLoss | None, point: int) -> dict[str, float | None]:
+    """What becomes of routed copies at one size; null for a dense model or where nothing is priced."""
+    found: dict[str, float | None] = {}
+    for name in (one.name for one in fields(CapacityLoss)):
+        values = getattr(loss, name, None)
+        found[name] = None if values is None else float(values[point])
+    return found
 
 
 def cluster_row(cluster: Cluster, layout: Layout) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from moesim.plan.refine import coarse, finer
 from moesim.plan.space import Refused, choices_of, enumerate_layouts
 from moesim.plan.train import train_outcome
 from moesim.plan.workloads import Sizes, decode_outcome, memory_of, prefill_outcome, serve_outcome
+from moesim.routing.capacity import CapacityPolicy
 from moesim.scenario.schema import Scenario
 from moesim.scenario.workload import TrainWorkload
 from moesim.units import Bound, format_seconds
@@ -135,6 +136,7 @@ def warnings_of(scenario: Scenario, context: Context) -> list[str]:
     said = [
         line for cluster in scenario.cluster.clusters() for line in context.warnings(cluster, float(longest))
     ]
+    said += context.policy_warnings(scenario)
     if scenario.subject_to.ttft or scenario.subject_to.ttft_p50:
         said.append("time to first token is off by a third in the median (docs/fits/serving.md)")
     return list(dict.fromkeys(said))
@@ -151,11 +153,11 @@ class _Search:
         self.cloud: list[dict[str, Any]] = []
         self.n_evaluated = 0
         self.n_layouts = 0
-        self._serial: dict[tuple[int, Layout, str, float | None], Outcome] = {}
+        self._serial: dict[tuple[int, Layout, str, CapacityPolicy | None], Outcome] = {}
 
     def add(self, cluster: Cluster, layout: Layout, choice: Choice) -> None:
         """Price one layout and choice, unless a bound shows that it cannot come near the top."""
-        key = (id(cluster), layout, choice.dispatch, choice.capacity_factor)
+        key = (id(cluster), layout, choice.dispatch, choice.capacity)
         if choice.overlap != "none" and key in self._serial and self._hopeless(self._serial[key]):
             self.refused.append(
                 _refused(

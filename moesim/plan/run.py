@@ -9,13 +9,14 @@ from moesim.engine import Timeline
 from moesim.errors import LayoutError
 from moesim.hardware.cluster import Cluster
 from moesim.plan.context import Choice, Context
-from moesim.plan.outcome import Outcome, cluster_row, layout_row
+from moesim.plan.moving import moving_row
+from moesim.plan.outcome import Outcome, cluster_row, layout_row, loss_row
 from moesim.plan.planner import outcome_of
 from moesim.plan.space import Refused, check_sizes, choices_of, facts_of
 from moesim.scenario.schema import Scenario
 from moesim.work.case import Layout
 
-__all__ = ["Run", "price_one", "run", "simulated"]
+__all__ = ["Priced", "Run", "price_one", "priced_in", "result_row", "run", "simulated"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +46,16 @@ def run(scenario: Scenario) -> Run:
     one = _priced(scenario)
     if isinstance(one.outcome, Refused):
         return Run(one.context, one.cluster, one.layout, one.choice, None, _refused_row(one.outcome), ())
-    row, timelines = simulated(one.outcome, 0)
+    row, timelines = result_row(one.context, one.outcome)
     return Run(one.context, one.cluster, one.layout, one.choice, one.outcome, row, timelines)
+
+
+def result_row(
+    context: Context, outcome: Outcome, *, engine: bool = True
+) -> tuple[dict[str, Any], tuple[Timeline, ...]]:
+    """The one size of an outcome as `moesim run --json` prints it; without `engine` nothing is played."""
+    row, timelines = simulated(outcome, 0) if engine else ({**outcome.row(0), "engine": None}, ())
+    return {**row, "rebalance": moving_row(context, outcome, 0)}, timelines
 
 
 def price_one(scenario: Scenario) -> Outcome:
@@ -64,7 +73,9 @@ def price_one(scenario: Scenario) -> Outcome:
 
 
 @dataclass(frozen=True, eq=False)
-class _Priced:
+class Priced:
+    """One layout at one size, or why it is out."""
+
     context: Context
     cluster: Cluster
     layout: Layout
@@ -72,14 +83,24 @@ class _Priced:
     outcome: Outcome | Refused
 
 
-def _priced(scenario: Scenario) -> _Priced:
+def _priced(scenario: Scenario) -> Priced:
     scenario = scenario.single()
-    context = Context.of(scenario)
     (cluster,) = scenario.cluster.clusters()
+    return priced_in(Context.of(scenario), cluster, scenario)
+
+
+def priced_in(context: Context, cluster: Cluster, scenario: Scenario) -> Priced:
+    """Price the one layout of a scenario whose model, routing and cluster are loaded already.
+
+    Raises
+    ------
+    MoesimError
+        If the layout does not divide, or the routing is of another model.
+    """
     layout = layout_of(scenario, context, cluster)
     (choice,) = choices_of(scenario.policy, plan=False, exchanges=True)
     outcome = outcome_of(scenario, context, cluster, layout, choice)
-    return _Priced(context, cluster, layout, choice, _fitting(outcome))
+    return Priced(context, cluster, layout, choice, _fitting(outcome))
 
 
 def _fitting(outcome: Outcome | Refused) -> Outcome | Refused:
@@ -154,8 +175,9 @@ def _refused_row(refused: Refused) -> dict[str, Any]:
         "memory_bytes": refused.memory_bytes,
         **empty,
         "breakdown_s": None,
-        "dropped_fraction": None,
+        **loss_row(None, 0),
         "band": {"low": None, "high": None},
         "calibrated": None,
         "engine": None,
+        "rebalance": None,
     }

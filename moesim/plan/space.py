@@ -12,6 +12,7 @@ from moesim.hardware.cluster import Cluster
 from moesim.model.spec import ModelSpec
 from moesim.plan.context import Choice
 from moesim.plan.outcome import layout_row
+from moesim.routing.capacity import CapacityPolicy
 from moesim.scenario.layout import LayoutSizes, ModelFacts, check_layout
 from moesim.scenario.schema import LayoutChoice, Policy
 from moesim.work.case import Layout
@@ -188,6 +189,16 @@ def choices_of(policy: Policy, *, plan: bool, exchanges: bool) -> list[Choice]:
         else (["none", "two-batch"] if plan and exchanges else ["none"])
     )
     return [
-        Choice(dispatch, overlap, factor)  # type: ignore[arg-type]
-        for dispatch, overlap, factor in product(policy.dispatch, overlaps, policy.capacity_factor)
+        Choice(dispatch, overlap, capacity)  # type: ignore[arg-type]
+        for dispatch, overlap, capacity in product(policy.dispatch, overlaps, _capacities(policy))
     ]
+
+
+def _capacities(policy: Policy) -> list[CapacityPolicy | None]:
+    """Every capacity asked for; without a factor the other keys say nothing, so dropless is there once."""
+    rest = (policy.capacity_convention, policy.overflow, policy.padding, policy.router)
+    found: dict[CapacityPolicy | None, None] = {}
+    for factor, convention, overflow, padding, router in product(policy.capacity_factor, *rest):
+        given = None if factor is None else CapacityPolicy(factor, convention, overflow, padding, router)  # type: ignore[arg-type]
+        found[given] = None
+    return list(found)

@@ -18,6 +18,7 @@ from moesim.metrics import breakdown_s
 from moesim.plan.context import Context
 from moesim.plan.exchanges import LinkedExchanges, StageExchanges
 from moesim.plan.played import Played
+from moesim.routing.capacity import CapacityLoss
 from moesim.work.case import Case, Stage
 from moesim.work.ffn import ExpertTraffic
 from moesim.work.forward import forward_step
@@ -43,8 +44,6 @@ class Pass:
     """(n_points,) time of one send from stage to stage."""
     traffic: ExpertTraffic | None
     """Of one micro-batch, over all MoE layers."""
-    dropped_fraction: FloatArray
-    """(n_points,) share of token-expert pairs over capacity."""
     exchanges: LinkedExchanges | None = None
     """What the engine needs to play its token exchanges as flows; None for a dense model."""
     row_of: NDArray[np.intp] | None = None
@@ -103,6 +102,13 @@ class Pass:
             for node, one in zip(block.nodes, times, strict=True):
                 repeats = len(block.layers) if one.shape[1] == 1 else 1
                 yield node, one.sum(axis=(1, 2)) * (repeats / one.shape[2])
+
+    @property
+    def loss(self) -> CapacityLoss | None:
+        """What a capacity takes of the router's copies; None for a dense model."""
+        if self.traffic is None or self.rank_imbalance is None:
+            return None
+        return self.traffic.loss or CapacityLoss.none(self.rank_imbalance)
 
     @property
     def rank_imbalance(self) -> FloatArray | None:
@@ -214,7 +220,7 @@ def run_pass(
         tokens = micro.n_tokens[:, 0, 0] / n_overlapped
         traffic = context.traffic.traffic(case, batch.phase, [float(n) for n in tokens])
         exchanges = LinkedExchanges(
-            case, context.traffic, pricer.network, batch.phase, tokens, traffic, context.max_flows
+            case, context.traffic, pricer.network, batch.phase, tokens, context.max_flows
         )
     everything = Stage(0, tuple(range(case.model.n_layers)), first=True, last=True)
     copies = [] if traffic is None else [traffic] * n_overlapped
@@ -222,7 +228,7 @@ def run_pass(
     timed = time_step(build(step) if build else step, pricer)
     stage_s = np.stack([timed.makespan_s(_held(case, stage)) for stage in case.stages])
     hop_s = _hop_s(case, micro, pricer)
-    return Pass(case, batch, n_micro, timed, stage_s, hop_s, traffic, step.dropped_fraction, exchanges)
+    return Pass(case, batch, n_micro, timed, stage_s, hop_s, traffic, exchanges)
 
 
 def _held(case: Case, stage: Stage) -> frozenset[int]:

@@ -222,7 +222,7 @@ def train_outcome(
         mfu=np.asarray(flops / (run.step_s * peak)),
         band_fraction=step_band(relative_band(run.family_s(), run.step_s, carried=not calibrated)),
         imbalance=run.forward.rank_imbalance,
-        dropped_fraction=run.forward.dropped_fraction,
+        loss=run.forward.loss,
         category_s=run.category_s(),
         calibrated=calibrated,
         passes={"forward": run.forward, "backward": run.backward},

@@ -43,6 +43,10 @@ th button { all: unset; cursor: pointer; } th button:hover { color: var(--accent
 th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 th[aria-sort] button::after { content: " \\2191"; } th[aria-sort=descending] button::after { content: " \\2193"; }
 figure { margin: 8px 0 0; } .plot { width: 100%; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(430px, 100%), 1fr)); gap: 4px 22px; }
+ul.keys { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 8px 0 0; padding: 0;
+  font-size: 14px; }
+ul.keys i { display: inline-block; width: 26px; margin-right: 7px; vertical-align: middle; }
 details { margin-top: 14px; border-top: 1px solid var(--line); padding-top: 10px; }
 summary { cursor: pointer; font-weight: 600; }
 .tag { display: inline-block; border-radius: 4px; padding: 0 7px; font-size: 12.5px; background: #e9eef2; }

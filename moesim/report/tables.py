@@ -148,8 +148,19 @@ def _figures(row: Record) -> list[tuple[str, str]]:
         ("cost of the whole run", usd(number(row, "usd"))),
         ("model FLOP/s use", share(number(row, "mfu"))),
         ("imbalance, busiest over mean", count(_whole(number(row, "imbalance")))),
+        ("copies dropped", _some(row, "dropped_fraction")),
+        ("copies rerouted", _some(row, "rerouted_fraction")),
+        ("tokens without an expert", _some(row, "tokens_without_expert_fraction")),
+        ("rows of padding", _some(row, "padding_fraction")),
+        ("moving experts, of the time", _some(row.get("rebalance") or {}, "step_share")),
         ("memory", total_and_capacity(row)),
     ]
+
+
+def _some(row: Record, key: str) -> str:
+    """A share that is worth a line: absent where nothing is lost."""
+    value = number(row, key)
+    return ABSENT if not value else share(value)
 
 
 def _add_parts(table: Table, title: str, parts: dict[str, tuple[float, str]]) -> None:

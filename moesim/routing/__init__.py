@@ -6,7 +6,8 @@ give batches (`draw_batch`); a `Placement` turns them into tokens per slot and t
 """
 
 from moesim.routing.balance import PLACEMENTS
-from moesim.routing.batches import Phase, RoutingSource, draw_batch, inclusion
+from moesim.routing.batches import Phase, RoutingSource, draw_batch, inclusion, some_tokens
+from moesim.routing.capacity import Assigned, CapacityLoss, CapacityPolicy, apply_capacity, expert_capacity
 from moesim.routing.catalog import (
     catalog_names,
     catalog_routing,
@@ -30,8 +31,17 @@ from moesim.routing.load import (
     exchange_counts,
 )
 from moesim.routing.load_curves import LoadCurve
-from moesim.routing.placement import Placement, balanced, contiguous, eplb, read_placement, round_robin
+from moesim.routing.placement import (
+    Placement,
+    balanced,
+    coactivation,
+    contiguous,
+    eplb,
+    read_placement,
+    round_robin,
+)
 from moesim.routing.points import BatchLoad, load_points, load_traffic
+from moesim.routing.rebalance import Moved, aligned, moved_experts, rebalanced
 from moesim.routing.synthetic import RoutingShape, SyntheticRouting, popularity
 from moesim.routing.trace import RoutingTrace, read_trace
 from moesim.routing.writing import TraceHeader, TraceWriter, write_trace
@@ -39,11 +49,15 @@ from moesim.routing.writing import TraceHeader, TraceWriter, write_trace
 __all__ = [
     "EXCHANGE_KINDS",
     "PLACEMENTS",
+    "Assigned",
     "BatchCount",
     "BatchLoad",
+    "CapacityLoss",
+    "CapacityPolicy",
     "Exchange",
     "ExchangeKind",
     "LoadCurve",
+    "Moved",
     "Phase",
     "Placement",
     "RoutingShape",
@@ -53,9 +67,12 @@ __all__ = [
     "TraceHeader",
     "TraceWriter",
     "Traffic",
+    "aligned",
+    "apply_capacity",
     "balanced",
     "catalog_names",
     "catalog_routing",
+    "coactivation",
     "contiguous",
     "count_batch",
     "default_routing",
@@ -64,12 +81,14 @@ __all__ = [
     "draw_trace",
     "eplb",
     "exchange_counts",
+    "expert_capacity",
     "fit_generator",
     "generate_trace",
     "inclusion",
     "known_models",
     "load_points",
     "load_traffic",
+    "moved_experts",
     "open_trace",
     "popularity",
     "read_generator",
@@ -77,7 +96,9 @@ __all__ = [
     "read_placement",
     "read_sglang_counts",
     "read_trace",
+    "rebalanced",
     "round_robin",
+    "some_tokens",
     "write_generator",
     "write_trace",
 ]

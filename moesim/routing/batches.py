@@ -8,7 +8,7 @@ once into a bank of a few thousand tokens, from which every batch is gathered.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,10 @@ __all__ = [
     "Phase",
     "RoutingSource",
     "draw_batch",
+    "draw_weights",
     "inclusion",
     "layer_map",
+    "some_tokens",
     "trace_positions",
 ]
 
@@ -163,6 +165,54 @@ def draw_batch(
 def _generator(source: RoutingSource) -> SyntheticRouting:
     """What draws a source's tokens: counts have the locality of `default`."""
     return source if isinstance(source, SyntheticRouting) else default_routing()
+
+
+def some_tokens(source: RoutingSource, shape: RoutingShape) -> NDArray[Any]:
+    """Experts of tokens of a source, (n_tokens, n_layers, top_k): a trace's own, or a bank of generated ones.
+
+    Parameters
+    ----------
+    source
+        Trace or generator.
+    shape
+        Model; layers of a trace stand in for its own as in `draw_batch`.
+
+    Raises
+    ------
+    TraceError
+        If the trace is of a model with other experts.
+    """
+    check_fits(source, shape)
+    if isinstance(source, RoutingTrace) and source.expert_ids is not None:
+        layers = layer_map(source, shape.n_layers)
+        whole = source.expert_ids
+        return whole if shape.n_layers == source.n_layers else whole[:, layers]
+    return np.moveaxis(_bank(source, shape, "decode"), (0, 1, 2), (2, 1, 0))
+
+
+def draw_weights(
+    source: RoutingSource,
+    shape: RoutingShape,
+    *,
+    n_ranks: int,
+    n_tokens: int,
+    phase: Phase,
+    rng: np.random.Generator,
+) -> NDArray[np.float16] | None:
+    """Router weights of the batch that `draw_batch` draws from the same state of `rng`.
+
+    Returns
+    -------
+    (n_layers, n_ranks, n_tokens, top_k) float16
+        In the order of the batch's experts; None where the source has no weights.
+    """
+    if not isinstance(source, RoutingTrace) or source.expert_weights is None:
+        return None
+    at = trace_positions(source, n_ranks, n_tokens, phase, rng)
+    weights = np.asarray(source.expert_weights[at.ravel()], dtype=np.float16)
+    layers = layer_map(source, shape.n_layers)
+    planes = np.ascontiguousarray(weights.transpose(2, 1, 0)[:, layers])
+    return np.moveaxis(planes.reshape(shape.top_k, shape.n_layers, n_ranks, n_tokens), 0, -1)
 
 
 @lru_cache(maxsize=8)

@@ -33,6 +33,7 @@ _MEANINGS = {
     "drift_share": "share of the variance of where linked requests stand that changes slowly from one to the next",
     "drift_sequences": "sequences after which that slow part has lost all but 1/e of what it was",
     "zipf_exponent": "popularity of rank r is r ** -zipf_exponent",
+    "skew": "unevenness of kind skew: Gini coefficient over the largest that distinct experts allow, below 1",
     "seed": "seed of the popularity and of the tokens",
 }
 _WITHOUT_CURVES = ("log_sigma", "log_sigma_spread", "log_skew")

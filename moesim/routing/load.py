@@ -127,12 +127,8 @@ def count_batch(
         If ranks or layers of batch and placement disagree.
     """
     coded = encode_batch(ids, placement, ranks_per_domain=ranks_per_domain, n_tokens=n_tokens)
-    n_ranks, n_domains = coded.n_ranks, coded.n_domains
-    # Repeats go to a second set of bins, so one count gives both with and without de-duplication.
-    by_rank = coded.per_source(coded.ranks, 2 * n_ranks)
-    first, repeat = by_rank[..., :n_ranks], by_rank[..., n_ranks:]
-    by_node = coded.per_source(coded.domains, 2 * n_domains)[..., :n_domains]
-    results = [coded.tokens_per_slot(), first, by_node, first + repeat]
+    traffic = coded.traffic()
+    results = [coded.tokens_per_slot(), traffic.copies_per_rank, traffic.copies_per_node, traffic.assignments]
     if n_tokens is None:
         results = [r[0] for r in results]
     else:
@@ -150,12 +146,14 @@ class CodedBatch:
         Slot of each choice.
     ranks, domains
         Rank and domain of each choice, same shape; plus n_ranks (n_domains) where an earlier choice of
-        the token goes there already.
+        the token goes there already; twice n_ranks (n_domains) where there is no copy.
     layer_row : (n_layers, 1, n_tokens)
         Row ``segment * n_layers + layer`` of each token, its segment being the smallest nested batch that
         holds it.
     n_segments, n_ranks, n_domains, slots_per_rank
         Sizes.
+    has_gaps
+        Some choices have no copy.
     """
 
     slots: NDArray[Any]
@@ -166,6 +164,7 @@ class CodedBatch:
     n_ranks: int
     n_domains: int
     slots_per_rank: int
+    has_gaps: bool = False
 
     @property
     def n_rows(self) -> int:
@@ -174,14 +173,27 @@ class CodedBatch:
 
     def tokens_per_slot(self) -> CountArray:
         """(n_segments, n_layers, n_ranks, slots_per_rank), segments not yet added up."""
-        counts = bin_count(self.slots, self.layer_row, self.n_ranks * self.slots_per_rank, self.n_rows)
+        counts = self._counted(self.slots, self.layer_row, self.n_ranks * self.slots_per_rank, self.n_rows)
         return counts.reshape(self.n_segments, -1, self.n_ranks, self.slots_per_rank)
 
     def per_source(self, values: NDArray[Any], n_values: int) -> CountArray:
         """Count values below `n_values`: (n_segments, n_layers, n_ranks, n_values), by source rank."""
         row = self.layer_row * self.n_ranks + np.arange(self.n_ranks)[None, :, None]
-        counts = bin_count(values, row, n_values, self.n_rows * self.n_ranks)
+        counts = self._counted(values, row, n_values, self.n_rows * self.n_ranks)
         return counts.reshape(self.n_segments, -1, self.n_ranks, n_values)
+
+    def traffic(self) -> Traffic:
+        """Copies by source rank and segment, (n_segments, n_layers, n_ranks, ...), not yet added up."""
+        # Repeats go to a second set of bins, so one count gives both with and without de-duplication.
+        by_rank = self.per_source(self.ranks, 2 * self.n_ranks)
+        first, repeat = by_rank[..., : self.n_ranks], by_rank[..., self.n_ranks :]
+        by_node = self.per_source(self.domains, 2 * self.n_domains)[..., : self.n_domains]
+        return Traffic(first, by_node, first + repeat)
+
+    def _counted(self, values: NDArray[Any], row: CountArray, n_values: int, n_rows: int) -> CountArray:
+        # what has no copy goes to a bin of its own, which is left out
+        counts = bin_count(values, row, n_values + self.has_gaps, n_rows)
+        return counts[:, :n_values] if self.has_gaps else counts
 
 
 def encode_batch(
@@ -192,31 +204,55 @@ def encode_batch(
     n_tokens: tuple[int, ...] | None = None,
 ) -> CodedBatch:
     """Look up the destinations of a batch; arguments and errors as for :func:`count_batch`."""
-    n_layers, n_ranks, n_held, _ = ids.shape
-    _check_batch(ids, placement)
+    n_held = ids.shape[2]
     cuts = (n_held,) if n_tokens is None else n_tokens
     if any(b <= a for a, b in zip((0, *cuts), cuts, strict=False)) or cuts[-1] > n_held:
         raise LayoutError(f"nested batches ascend within the {n_held} tokens drawn", value=cuts)
-    per_domain = min(ranks_per_domain or n_ranks, n_ranks)
-    segment = np.searchsorted(np.asarray(cuts), np.arange(cuts[-1]), side="right")
     planes = np.ascontiguousarray(np.moveaxis(ids[:, :, : cuts[-1]], -1, 0))
-    slots = _slots(planes, placement)
-    ranks = _divided(slots, placement.slots_per_rank, placement.n_slots)
+    slots = slots_of(planes, placement)
+    return encode_slots(slots, placement, ranks_per_domain=ranks_per_domain, n_tokens=cuts)
+
+
+def encode_slots(
+    slots: NDArray[Any],
+    placement: Placement,
+    *,
+    ranks_per_domain: int | None = None,
+    n_tokens: tuple[int, ...] | None = None,
+    has_gaps: bool = False,
+) -> CodedBatch:
+    """Look up the destinations of copies whose slots are known.
+
+    Parameters
+    ----------
+    slots : (n_planes, n_layers, n_ranks, n_tokens)
+        Slot of each copy; n_slots where there is none, if `has_gaps`.
+    placement, ranks_per_domain, n_tokens
+        As for :func:`count_batch`.
+    """
+    _, n_layers, n_ranks, n_held = slots.shape
+    cuts = (n_held,) if n_tokens is None else n_tokens
+    per_domain = min(ranks_per_domain or n_ranks, n_ranks)
     n_domains = -(-n_ranks // per_domain)
+    segment = np.searchsorted(np.asarray(cuts), np.arange(cuts[-1]), side="right")
+    ranks = _divided(
+        slots, placement.slots_per_rank, placement.n_slots, placement.n_slots if has_gaps else None
+    )
+    domains = _divided(ranks, per_domain, n_ranks, 2 * n_ranks if has_gaps else None)
     return CodedBatch(
         slots=slots,
-        ranks=_coded(ranks, n_ranks),
-        domains=_coded(_divided(ranks, per_domain, n_ranks), n_domains),
+        ranks=_coded(ranks, n_ranks, has_gaps),
+        domains=_coded(domains, n_domains, has_gaps),
         layer_row=(segment * n_layers)[None, None, :] + np.arange(n_layers)[:, None, None],
         n_segments=len(cuts),
         n_ranks=n_ranks,
         n_domains=n_domains,
         slots_per_rank=placement.slots_per_rank,
+        has_gaps=has_gaps,
     )
 
 
-def _check_batch(ids: NDArray[Any], placement: Placement) -> None:
-    n_layers, n_ranks = ids.shape[:2]
+def _check_batch(n_layers: int, n_ranks: int, placement: Placement) -> None:
     if n_ranks != placement.n_ranks:
         rule = f"the placement's {placement.n_ranks} ranks are those that hold tokens"
         raise LayoutError(rule, value=n_ranks)
@@ -225,8 +261,15 @@ def _check_batch(ids: NDArray[Any], placement: Placement) -> None:
         raise LayoutError(rule, value=placement.slot_to_expert.shape[0])
 
 
-def _slots(planes: NDArray[Any], placement: Placement) -> NDArray[np.uint16]:
-    """Slot of every choice, replicas in turn: (top_k, n_layers, n_ranks, n_tokens)."""
+def slots_of(planes: NDArray[Any], placement: Placement) -> NDArray[np.uint16]:
+    """Slot of every choice, replicas in turn: (top_k, n_layers, n_ranks, n_tokens), as `planes` of experts are.
+
+    Raises
+    ------
+    LayoutError
+        If ranks, layers or experts of batch and placement disagree.
+    """
+    _check_batch(planes.shape[1], planes.shape[2], placement)
     table = placement.replica_table
     n_layers, n_experts = planes.shape[1], placement.n_experts
     n_turns = table.shape[-1]
@@ -245,20 +288,25 @@ def _slots(planes: NDArray[Any], placement: Placement) -> NDArray[np.uint16]:
     return out
 
 
-def _divided(values: NDArray[np.uint16], divisor: int, n_values: int) -> NDArray[Any]:
-    """Whole quotient by table, in the smallest dtype that holds it."""
+def _divided(values: NDArray[np.uint16], divisor: int, n_values: int, none: int | None) -> NDArray[Any]:
+    """Whole quotient by table, in the smallest dtype that holds its codes; `none` gives twice their number."""
     n_out = -(-n_values // divisor)
-    dtype = np.uint8 if n_out <= 128 else np.uint16
-    return np.take((np.arange(n_values) // divisor).astype(dtype), values, mode="clip")
+    table = np.arange(n_values) // divisor
+    if none is not None:
+        table = np.append(table, np.full(none + 1 - n_values, 2 * n_out))
+    dtype = np.uint8 if n_out <= 128 - (none is not None) else np.uint16
+    return np.take(table.astype(dtype), values, mode="clip")
 
 
-def _coded(ranks: NDArray[Any], n: int) -> NDArray[Any]:
+def _coded(ranks: NDArray[Any], n: int, has_gaps: bool) -> NDArray[Any]:
     """Add `n` to a choice whose rank an earlier choice of the same token already has."""
     out = ranks.copy()
     for j in range(1, ranks.shape[0]):
         repeated = ranks[j] == ranks[0]
         for earlier in range(1, j):
             repeated |= ranks[j] == ranks[earlier]
+        if has_gaps:
+            repeated &= ranks[j] < n
         out[j] += repeated.astype(ranks.dtype) * ranks.dtype.type(n)
     return out
 

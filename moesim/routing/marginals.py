@@ -9,9 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.routing.load import CodedBatch, Exchange, ExchangeKind, bin_count
+from moesim.routing.load import EXCHANGE_KINDS, CodedBatch, Exchange, ExchangeKind, bin_count, exchange_counts
 
-__all__ = ["marginal_exchanges"]
+__all__ = ["all_exchanges", "marginal_exchanges"]
+
+_LARGEST_MATRIX = 64
+"""Ranks up to which rank-to-rank matrices are quicker than their sums by class."""
 
 # Classes of a copy, by where it goes and whether an earlier one of its token goes there too.
 _OWN, _NEAR_REPEAT, _NEAR, _FAR_REPEAT, _FAR_ENTRY, _FAR_FORWARDED = range(6)
@@ -92,8 +95,32 @@ def _binned(
     batch: CodedBatch, codes: NDArray[np.unsignedinteger], table: NDArray[np.int64], n_bins: int
 ) -> NDArray[np.float64]:
     """Look each (source, code) up in `table` (n_ranks, n_codes) and count by row: (segments, layers, n_bins)."""
-    width = table.shape[1]
-    first = (np.arange(batch.n_ranks, dtype=np.int32) * width)[None, None, :, None]
+    width = n_bins + batch.has_gaps
+    if batch.has_gaps:  # what has no copy goes to a bin of its own, which is left out
+        table = np.append(table, np.full((len(table), 1), n_bins), axis=1)
+    first = (np.arange(batch.n_ranks, dtype=np.int32) * table.shape[1])[None, None, :, None]
     values = np.take(table.ravel().astype(np.int32), codes + first, mode="clip")
-    counts = bin_count(values, batch.layer_row, n_bins, batch.n_rows)
-    return np.cumsum(counts.reshape(batch.n_segments, -1, n_bins), axis=0).astype(np.float64)
+    counts = bin_count(values, batch.layer_row, width, batch.n_rows)
+    counts = counts.reshape(batch.n_segments, -1, width)[..., :n_bins]
+    return np.cumsum(counts, axis=0).astype(np.float64)
+
+
+def all_exchanges(batch: CodedBatch, *, ranks_per_domain: int | None = None) -> dict[ExchangeKind, Exchange]:
+    """Every kind of exchange, (n_cuts, n_layers, n_ranks), by whichever way is quicker."""
+    n = batch.n_ranks
+    if n > _LARGEST_MATRIX:
+        return marginal_exchanges(batch, ranks_per_domain=ranks_per_domain)
+    traffic = batch.traffic()
+    whole = ranks_per_domain is None or ranks_per_domain >= n or n % ranks_per_domain == 0
+    found: dict[ExchangeKind, Exchange] = {}
+    for kind in EXCHANGE_KINDS:
+        if whole or kind != "two_level":
+            x = exchange_counts(traffic, kind, ranks_per_domain=ranks_per_domain)
+            # Segments are added up here, where they are small, not as matrices.
+            found[kind] = Exchange(
+                *(
+                    np.cumsum(f, axis=0)
+                    for f in (x.sent_nvlink, x.received_nvlink, x.sent_nic, x.received_nic)
+                )
+            )
+    return found

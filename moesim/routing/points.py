@@ -7,7 +7,7 @@ ones are extrapolated from it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -15,25 +15,16 @@ from numpy.typing import NDArray
 
 from moesim.errors import TraceError
 from moesim.routing.batches import Phase, RoutingSource, draw_batch, inclusion
-from moesim.routing.load import (
-    EXCHANGE_KINDS,
-    CodedBatch,
-    Exchange,
-    ExchangeKind,
-    Traffic,
-    count_batch,
-    encode_batch,
-    exchange_counts,
-)
-from moesim.routing.marginals import marginal_exchanges
+from moesim.routing.capacity import CapacityLoss, CapacityPolicy
+from moesim.routing.limited import Draw, extrapolated, limited, limited_traffic
+from moesim.routing.load import Exchange, ExchangeKind, Traffic, count_batch, encode_batch
+from moesim.routing.marginals import all_exchanges
 from moesim.routing.placement import Placement
 from moesim.routing.synthetic import RoutingShape
 
 __all__ = ["BatchLoad", "load_points", "load_traffic"]
 
 FloatArray = NDArray[np.float64]
-_LARGEST_MATRIX = 64
-"""Ranks up to which rank-to-rank matrices are quicker than their sums by class."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +42,18 @@ class BatchLoad:
         ``two_level`` is absent where the group does not fill whole domains.
     n_drawn
         Tokens per rank actually drawn; points above it are extrapolated.
+    padded
+        Copies where an all-to-all carries whole buffers of a capacity, full or not; None where none does.
+    loss
+        What a capacity does; None without one.
     """
 
     n_tokens: NDArray[np.int64]
     tokens_per_slot: FloatArray
     exchanges: dict[ExchangeKind, Exchange]
     n_drawn: int
+    padded: Exchange | None = None
+    loss: CapacityLoss | None = None
 
     @property
     def tokens_per_rank(self) -> FloatArray:
@@ -79,6 +76,7 @@ def load_points(
     ranks_per_domain: int | None = None,
     seed: int = 0,
     max_tokens: int = 8192,
+    capacity: CapacityPolicy | None = None,
 ) -> BatchLoad:
     """Draw and count the load at several batch sizes.
 
@@ -100,6 +98,8 @@ def load_points(
         Same seed, same loads.
     max_tokens
         Tokens drawn for the whole group; larger batches are extrapolated, smaller ones are its first tokens.
+    capacity
+        What an expert takes; everything where None.
 
     Returns
     -------
@@ -123,12 +123,15 @@ def load_points(
     if wanted.size == 0 or wanted.min() < 1:
         raise TraceError("batch sizes are at least 1 token per rank", value=wanted.tolist())
     cap = max(1, max_tokens // placement.n_ranks)
+    if capacity is not None:
+        draw = Draw(source, shape, placement, phase, ranks_per_domain, seed, cap)
+        return _limited_points(draw, capacity, wanted)
     smaller = tuple(sorted({int(n) for n in wanted if n < cap and n & (n - 1)}))
     drawn = _drawn(source, shape, placement, phase, ranks_per_domain, seed, cap, smaller)
     at = np.searchsorted(drawn.cuts, np.minimum(wanted, cap))
     slots = drawn.slots[at].astype(np.float64)
     for point in np.flatnonzero(wanted > cap):
-        slots[point] = _extrapolated(slots[point], drawn.expected, cap, int(wanted[point]))
+        slots[point] = extrapolated(slots[point], drawn.expected, cap, int(wanted[point]))
     growth = np.maximum(wanted / cap, 1.0)[:, None, None]
     exchanges = {
         kind: Exchange(x.sent_nvlink[at], x.received_nvlink[at], x.sent_nic[at], x.received_nic[at]).scaled(
@@ -137,6 +140,21 @@ def load_points(
         for kind, x in drawn.exchanges.items()
     }
     return BatchLoad(wanted, slots, exchanges, cap)
+
+
+def _limited_points(draw: Draw, capacity: CapacityPolicy, wanted: NDArray[np.int64]) -> BatchLoad:
+    points = [limited(draw, capacity, int(n)) for n in wanted]
+
+    def stacked(parts: Sequence[Exchange]) -> Exchange:
+        return Exchange(*(np.stack([getattr(one, f.name) for one in parts]) for f in fields(Exchange)))
+
+    exchanges = {kind: stacked([one.exchanges[kind] for one in points]) for kind in points[0].exchanges}
+    padded = [one.padded for one in points if one.padded is not None]
+    slots = np.stack([one.slots for one in points])
+    whole = stacked(padded) if padded else None
+    return BatchLoad(
+        wanted, slots, exchanges, draw.cap, whole, CapacityLoss.of_points([one.loss for one in points])
+    )
 
 
 def load_traffic(
@@ -149,6 +167,7 @@ def load_traffic(
     ranks_per_domain: int | None = None,
     seed: int = 0,
     max_tokens: int = 8192,
+    capacity: CapacityPolicy | None = None,
 ) -> Traffic:
     """Who sends to whom in the batch whose loads `load_points` gives at one size: the same draw.
 
@@ -163,6 +182,9 @@ def load_traffic(
         (n_layers, n_ranks, n_ranks) copies; expectations above the size drawn, where they need not be whole.
     """
     cap = max(1, max_tokens // placement.n_ranks)
+    if capacity is not None:
+        draw = Draw(source, shape, placement, phase, ranks_per_domain, seed, cap)
+        return limited_traffic(draw, capacity, n_tokens)
     ids = _ids(source, shape, placement.n_ranks, phase, seed, cap)[:, :, : min(n_tokens, cap)]
     drawn = count_batch(ids, placement, ranks_per_domain=ranks_per_domain).traffic
     growth = max(n_tokens / cap, 1.0)
@@ -211,38 +233,5 @@ def _drawn(
         np.array(cuts),
         np.cumsum(batch.tokens_per_slot(), axis=0),
         placement.expand(inclusion(source, shape)) * n_ranks,
-        _exchanges(batch, ranks_per_domain),
+        all_exchanges(batch, ranks_per_domain=ranks_per_domain),
     )
-
-
-def _exchanges(batch: CodedBatch, ranks_per_domain: int | None) -> dict[ExchangeKind, Exchange]:
-    """Every kind of exchange, (n_cuts, n_layers, n_ranks), by whichever way is quicker."""
-    n = batch.n_ranks
-    if n > _LARGEST_MATRIX:
-        return marginal_exchanges(batch, ranks_per_domain=ranks_per_domain)
-    by_rank = batch.per_source(batch.ranks, 2 * n)
-    first = by_rank[..., :n]
-    by_node = batch.per_source(batch.domains, 2 * batch.n_domains)[..., : batch.n_domains]
-    traffic = Traffic(first, by_node, first + by_rank[..., n:])
-    whole = ranks_per_domain is None or ranks_per_domain >= n or n % ranks_per_domain == 0
-    found: dict[ExchangeKind, Exchange] = {}
-    for kind in EXCHANGE_KINDS:
-        if whole or kind != "two_level":
-            x = exchange_counts(traffic, kind, ranks_per_domain=ranks_per_domain)
-            # Segments are added up here, where they are small, not as matrices.
-            found[kind] = Exchange(
-                *(
-                    np.cumsum(f, axis=0)
-                    for f in (x.sent_nvlink, x.received_nvlink, x.sent_nic, x.received_nic)
-                )
-            )
-    return found
-
-
-def _extrapolated(drawn: FloatArray, expected: FloatArray, cap: int, n: int) -> FloatArray:
-    """Slot loads (n_layers, n_ranks, slots) at `n` tokens per rank from those drawn at `cap`."""
-    deviation = drawn - cap * expected
-    load = np.maximum(n * expected + deviation * np.sqrt(n / cap), 0.0)
-    # Clipping at 0 may add a little; totals per layer are kept.
-    total = drawn.sum((-2, -1), keepdims=True) * (n / cap)
-    return np.asarray(load * total / load.sum((-2, -1), keepdims=True))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import TraceError
+from moesim.routing.imbalance import collapsed_inclusion, skewed_inclusion
 from moesim.routing.load_curves import LoadCurve, arranged, between_rows, table
 from moesim.routing.sampling import inclusion_probabilities
 
@@ -70,7 +71,9 @@ class SyntheticRouting:
         Catalog name, or ``uniform`` or ``zipf``.
     kind
         ``fitted``: popularity by `curves`, or log-normal where there are none; ``zipf``: popularity of rank r as
-        r**-`zipf_exponent`, in random order per layer; ``uniform``: all the same and tokens independent.
+        r**-`zipf_exponent`, in random order per layer; ``uniform``: all the same and tokens independent; ``skew``:
+        as uneven as `skew` says in every layer; ``collapsed``: as
+        :func:`moesim.routing.imbalance.collapsed_inclusion`.
     phase
         Phase that the figures were fitted on; ``mixed`` for either.
     curves
@@ -109,6 +112,8 @@ class SyntheticRouting:
         Sequences after which that slow part has lost all but 1/e of what it was.
     zipf_exponent
         Exponent of ``zipf``.
+    skew
+        Unevenness of ``skew``: Gini coefficient over the largest that distinct experts allow, below 1.
     seed
         Seed of the popularity and of the bank of tokens.
     provenance
@@ -116,7 +121,7 @@ class SyntheticRouting:
     """
 
     name: str
-    kind: Literal["fitted", "uniform", "zipf"] = "fitted"
+    kind: Literal["fitted", "uniform", "zipf", "skew", "collapsed"] = "fitted"
     phase: str = "mixed"
     log_sigma: float = 0.6
     log_sigma_spread: float = 0.15
@@ -129,6 +134,7 @@ class SyntheticRouting:
     drift_share: float = 0.0
     drift_sequences: float = 16.0
     zipf_exponent: float = 1.0
+    skew: float = 0.0
     seed: int = 0
     curves: tuple[LoadCurve, ...] = ()
     curve_order: Literal["skew", "depth"] = "skew"
@@ -137,8 +143,8 @@ class SyntheticRouting:
     provenance: str = "asked for by the user"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("fitted", "uniform", "zipf"):
-            fix = "one of fitted, uniform, zipf"
+        if self.kind not in ("fitted", "uniform", "zipf", "skew", "collapsed"):
+            fix = "one of fitted, uniform, zipf, skew, collapsed"
             raise TraceError(
                 "unknown kind of synthetic routing", value=self.kind, fix=fix, place="routing.kind"
             )
@@ -153,6 +159,7 @@ class SyntheticRouting:
             "drift_share",
             "drift_sequences",
             "zipf_exponent",
+            "skew",
         ):
             value = getattr(self, name)
             if not value >= 0 or (np.isinf(value) and name != "request_spread"):
@@ -170,6 +177,8 @@ class SyntheticRouting:
                 "unknown order of curves", value=self.curve_order, fix=fix, place="routing.curve_order"
             )
 
+        if self.skew >= 1:
+            raise TraceError("is below 1", value=self.skew, place="routing.skew")
         if len({len(curve.block_peaks) for curve in self.curves}) > 1:
             numbers = [len(curve.block_peaks) for curve in self.curves]
             rule = "all curves give as many, or none"
@@ -208,6 +217,12 @@ def popularity(source: SyntheticRouting, shape: RoutingShape) -> FloatArray:
     """
     size = (shape.n_layers, shape.n_experts)
     rng = np.random.default_rng([source.seed, shape.n_experts, shape.top_k, 1])
+    sizes = {"n_layers": shape.n_layers, "n_experts": shape.n_experts, "top_k": shape.top_k}
+    if source.kind == "skew":
+        return skewed_inclusion(source.skew, **sizes, rng=rng)
+    if source.kind == "collapsed":
+        groups = {"n_groups": shape.n_groups, "n_top_groups": shape.n_top_groups}
+        return collapsed_inclusion(**sizes, **groups, rng=rng)
     if source.kind == "uniform":
         weights: FloatArray = np.ones(size)
     elif source.kind == "zipf":

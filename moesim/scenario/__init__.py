@@ -2,10 +2,12 @@
 
 from moesim.scenario.choices import Choices
 from moesim.scenario.layout import LayoutSizes, ModelFacts, check_layout
+from moesim.scenario.ranges import SweptKey, split_sets
 from moesim.scenario.read import (
     DEFAULT_SCENARIO,
     ScenarioFile,
     load_scenario,
+    load_variants,
     parse_scenario,
     read_scenario,
 )
@@ -34,12 +36,15 @@ __all__ = [
     "Scenario",
     "ScenarioFile",
     "ServeWorkload",
+    "SweptKey",
     "Targets",
     "TrainWorkload",
     "Workload",
     "check_layout",
     "json_schema",
     "load_scenario",
+    "load_variants",
     "parse_scenario",
     "read_scenario",
+    "split_sets",
 ]

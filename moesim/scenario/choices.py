@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -12,17 +11,11 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from moesim.errors import ScenarioError
+from moesim.scenario.ranges import MOST, stepped
 
 __all__ = ["Choices", "counts", "factors_or_none", "names", "refuse"]
 
-MOST = 4096
-"""Values that one key may take; more is a slip of the pen (``1..1000000``)."""
-
 T = TypeVar("T")
-
-_N = r"\s*([+-]?\d+(?:\.\d+)?)\s*"
-_RANGE = re.compile(rf"{_N}\.\.{_N}(?:([*+]){_N})?")
-_SLICE = re.compile(rf"{_N}:{_N}:{_N}")
 
 
 @dataclass(frozen=True)
@@ -165,12 +158,8 @@ def _spread(value: object, example: str, ranges: bool) -> list[object]:
         return [value]
     if "," in value:
         return [_scalar(part.strip(), ranges) for part in value.split(",")]
-    if ranges and (match := _RANGE.fullmatch(value)):
-        low, high, sign, by = match.groups()
-        return _range(value, float(low), float(high), sign or "+", float(by or 1))
-    if ranges and (match := _SLICE.fullmatch(value)):
-        low, high, by = match.groups()
-        return _range(value, float(low), float(high), "+", float(by))
+    if ranges and (numbers := _range(value)):
+        return numbers
     if ranges and value != "none":
         raise refuse("is neither a number nor a range", f"write {example}", value)
     return [value]
@@ -186,17 +175,12 @@ def _scalar(text: str, ranges: bool) -> object:
     return int(number) if number == number and abs(number) < 1e18 and number == int(number) else number
 
 
-def _range(text: str, low: float, high: float, sign: str, by: float) -> list[object]:
-    """Write ``low..high`` out, each value the one before plus, or times, `by`; both ends belong to it."""
-    if high < low:
-        raise refuse("ends before it starts", f"write {high:g}..{low:g}", text)
-    if (sign == "+" and by <= 0) or (sign == "*" and (by <= 1 or low <= 0)):
-        raise refuse("never reaches its end", "step by +1 or more, or from 1 by *2", text)
-    found: list[object] = []
-    value = low
-    while value <= high * (1 + 1e-12):
-        found.append(int(value) if value == int(value) else round(value, 12))
-        if len(found) > MOST:
-            raise refuse(f"has more than {MOST} values", "step by more, as 1..512*2", text)
-        value = value * by if sign == "*" else low + by * len(found)
-    return found
+def _range(text: str) -> list[object]:
+    """Numbers of a range; none where the text is no range."""
+    try:
+        found = stepped(text)
+    except ScenarioError as error:
+        raise refuse(error.rule, error.fix or "", error.value) from None
+    if found is None or found[1]:
+        return []
+    return [int(number) if number == int(number) else float(number) for number in found[0]]

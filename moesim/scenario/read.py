@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +18,14 @@ from moesim.scenario.overrides import apply_overrides
 from moesim.scenario.schema import Scenario
 from moesim.scenario.source import Key, Source, parse_text, read_source
 
-__all__ = ["DEFAULT_SCENARIO", "ScenarioFile", "load_scenario", "parse_scenario", "read_scenario"]
+__all__ = [
+    "DEFAULT_SCENARIO",
+    "ScenarioFile",
+    "load_scenario",
+    "load_variants",
+    "parse_scenario",
+    "read_scenario",
+]
 
 DEFAULT_SCENARIO = Path(__file__).resolve().parents[1] / "catalog" / "scenarios" / "default.yaml"
 """What `moesim plan` answers when it is given no scenario."""
@@ -28,6 +36,14 @@ _EXAMPLES = {
     "workload": "workload: {kind: decode, batch_per_rank: 64, context: 4096}",
     "kind": "kind: decode, prefill, serve or train",
 }
+_KEYS = {
+    "HardwareError": "cluster",
+    "LayoutError": "layout",
+    "ModelError": "model",
+    "ProfileError": "dtype",
+    "TraceError": "routing.trace",
+}
+"""Key of a scenario that each kind of error is about."""
 _FILES = {".safetensors", ".json", ".jsonl", ".npz", ".npy", ".pt", ".yaml", ".yml", ".csv"}
 
 
@@ -47,6 +63,13 @@ class ScenarioFile:
     def located(self, error: MoesimError, key: str) -> MoesimError:
         """Give an error the place of a key, unless it has one."""
         return error if error.place else error.at(self.place(key))
+
+    def placed(self, error: MoesimError) -> MoesimError:
+        """Give an error without a place, or with only a key for one, the place of the key that it is about."""
+        key = _KEYS.get(type(error).__name__)
+        if error.place is not None and error.place in (key, "policy.dispatch"):
+            return error.at(self.place(error.place))
+        return self.located(error, key) if key else error
 
     def single(self) -> Scenario:
         """The scenario, if a run can take it.
@@ -85,6 +108,32 @@ def load_scenario(path: str | Path, overrides: Sequence[str] = ()) -> ScenarioFi
     return _load(read_source(Path(path)), overrides, Path(path).parent)
 
 
+def load_variants(
+    path: str | Path, variants: Iterable[Sequence[str]]
+) -> Iterator[ScenarioFile | ScenarioError]:
+    """Read a scenario once and override it in many ways; a way that makes no scenario gives its error.
+
+    Parameters
+    ----------
+    path
+        File.
+    variants
+        Overrides of each way, as `read_scenario` takes them.
+
+    Raises
+    ------
+    ScenarioError
+        If the file is no YAML mapping.
+    """
+    source = read_source(Path(path))
+    for overrides in variants:
+        own = Source(source.name, deepcopy(source.data), source.root)
+        try:
+            yield _load(own, overrides, Path(path).parent)
+        except ScenarioError as error:
+            yield error
+
+
 def parse_scenario(text: str, overrides: Sequence[str] = (), *, name: str = "scenario") -> ScenarioFile:
     """Read a scenario from text; `name` stands in the places of errors."""
     return _load(parse_text(text, name), overrides, Path())
@@ -117,6 +166,10 @@ def _with_files(scenario: Scenario, source: Source, folder: Path) -> Scenario:
             )
         )
         layout = scenario.layout.model_copy(update={"placement": placements})
+        scenario = scenario.model_copy(update={"layout": layout})
+    if scenario.layout.placement_trace is not None:
+        name = _file(scenario.layout.placement_trace, source, ("layout", "placement_trace"), folder)
+        layout = scenario.layout.model_copy(update={"placement_trace": name})
         scenario = scenario.model_copy(update={"layout": layout})
     if scenario.routing.trace is None:
         return scenario

@@ -31,9 +31,14 @@ CountsOrZero = Annotated[Choices[int], *counts(0)]
 Gpus = Annotated[Choices[str], *names()]
 Factors = Annotated[Choices[float | None], *factors_or_none(0.0)]
 Placements = Annotated[
-    Choices[str], *names("contiguous", "round-robin", "balanced", "eplb", files=(".json", ".yaml", ".yml"))
+    Choices[str],
+    *names("contiguous", "round-robin", "balanced", "eplb", "coactivation", files=(".json", ".yaml", ".yml")),
 ]
 Overlaps = Annotated[Choices[str], *names("none", "two-batch")]
+Conventions = Annotated[Choices[str], *names("megatron", "tutel", "megablocks")]
+Overflows = Annotated[Choices[str], *names("drop-position", "drop-weight", "reroute")]
+Paddings = Annotated[Choices[str], *names("none", "capacity")]
+Routers = Annotated[Choices[str], *names("top-k", "expert-choice")]
 Dispatches = Annotated[
     Choices[str], *names("auto", "low-latency", "normal", "nccl", "allgather", "allreduce")
 ]
@@ -141,8 +146,22 @@ class LayoutChoice(_Part):
     redundant_experts: CountsOrZero | None = None
     """Extra expert replicas per layer; 0 in a run."""
     placement: Placements | None = None
-    """How experts are put into slots: `contiguous`, `round-robin`, `balanced`, `eplb`, or a JSON or YAML file of a
-    `physical_to_logical_map`; contiguous in a run, eplb where there are redundant experts."""
+    """How experts are put into slots: `contiguous`, `round-robin`, `balanced`, `eplb`, `coactivation`, or a JSON or
+    YAML file of a `physical_to_logical_map`; contiguous in a run, eplb where there are redundant experts."""
+    placement_trace: Annotated[str, Field(min_length=1)] | None = None
+    """Routing that the placement is made from, by name or file; the scenario's own `routing` where left out."""
+    rebalance_every: PositiveInt | None = None
+    """Steps until a placement made from `routing` takes over from `placement_trace`'s; its cost is told [steps]."""
+
+    @model_validator(mode="after")
+    def _from_one_to_another(self) -> Self:
+        if self.rebalance_every is not None and self.placement_trace is None:
+            raise refuse(
+                "rebalance_every needs a placement to come from",
+                "write placement_trace: <the routing that the old placement was made from>",
+                self.rebalance_every,
+            )
+        return self
 
     def sizes(self, n_gpus: int, n_experts: int) -> LayoutSizes:
         """The one layout of a run, with the defaults filled in.
@@ -216,14 +235,34 @@ class Policy(_Part):
     """Capacity, overlap and dispatch."""
 
     capacity_factor: Factors = Choices((None,))
-    """Tokens that an expert takes, over the mean; the rest are dropped. none keeps them all."""
-    capacity_convention: Literal["megatron", "tutel", "megablocks"] = "megatron"
-    """Whose rounding and whose tokens `capacity_factor` counts; see docs/scenario.md."""
+    """Tokens that an expert takes, over the mean. none keeps them all, and the next four keys say nothing."""
+    capacity_convention: Conventions = Choices(("megatron",))
+    """Whose rounding, and whose tokens share a capacity: each source rank's (`megatron`, `tutel`) or the group's."""
+    overflow: Overflows = Choices(("drop-position",))
+    """Tokens beyond the capacity: the last ones are dropped, those of least router weight, or they go to the next
+    preferred expert with room."""
+    padding: Paddings = Choices(("none",))
+    """Whether experts compute the tokens they have, or, `capacity`, as many rows as they may take."""
+    router: Routers = Choices(("top-k",))
+    """Tokens choose `top-k` experts; with `expert-choice` each expert takes its capacity of tokens."""
     overlap: Overlaps | None = None
     """Communication behind computation: none, or two half batches in turn; a plan tries both, a run none."""
     dispatch: Dispatches = Choices(("auto",))
     """How tokens reach their experts: `auto`, what the backend would take; `low-latency`, `normal` (DeepEP), `nccl`,
     `allgather` between attention replicas; `allreduce` inside one that spans the expert group."""
+
+    @model_validator(mode="after")
+    def _with_a_capacity(self) -> Self:
+        if None in self.capacity_factor.values:
+            for key, asked, what in (
+                ("router", "expert-choice", self.router),
+                ("padding", "capacity", self.padding),
+            ):
+                if asked in what.values:
+                    raise refuse(
+                        f"{key}: {asked} needs a capacity_factor", "write capacity_factor: 1.25", "none"
+                    )
+        return self
 
 
 class Targets(_Part):

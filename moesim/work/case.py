@@ -11,8 +11,8 @@ import numpy as np
 from moesim.errors import LayoutError
 from moesim.hardware.cluster import Cluster
 from moesim.model.spec import LayerSpec, ModelSpec
+from moesim.routing.capacity import CapacityPolicy
 from moesim.scenario.layout import LayoutSizes
-from moesim.work.capacity import CapacityConvention
 from moesim.work.ops import FloatArray
 
 __all__ = ["Case", "DispatchKind", "Layout", "Stage"]
@@ -88,10 +88,8 @@ class Case:
     overlap: Literal["none", "two-batch"] = "none"
     dispatch_bytes_per_value: float = 2.0
     """Payload of one activation on the way out, scales included."""
-    capacity_factor: float | None = None
-    """Rows that an expert may take over the mean; None = dropless."""
-    capacity_convention: CapacityConvention = "megatron"
-    """Whose rounding of the capacity."""
+    capacity: CapacityPolicy | None = None
+    """What an expert takes; None = dropless."""
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moesim.model.spec import LayerSpec, MoeSpec
+from moesim.routing.capacity import CapacityLoss
 from moesim.work.attention import ACTIVATION_BYTES, Named, gemm, norm, tp_sum
 from moesim.work.case import Case
 from moesim.work.ops import (
@@ -35,6 +36,8 @@ class ExpertTraffic:
     received_nvlink: FloatArray
     sent_nic: FloatArray
     received_nic: FloatArray
+    loss: CapacityLoss | None = None
+    """What a capacity has taken, over all layers; None without one."""
 
     def of_layers(self, rows: slice | list[int]) -> ExpertTraffic:
         """The same for some of the layers."""
@@ -44,6 +47,7 @@ class ExpertTraffic:
             self.received_nvlink[:, rows],
             self.sent_nic[:, rows],
             self.received_nic[:, rows],
+            self.loss,
         )
 
 

@@ -10,10 +10,9 @@ import numpy as np
 from moesim.errors import LayoutError
 from moesim.model.spec import LayerSpec
 from moesim.work.attention import ACTIVATION_BYTES, Named, attention_ops, cross_projection, tp_sum
-from moesim.work.capacity import expert_capacity
 from moesim.work.case import Case, Stage
 from moesim.work.ffn import ExpertTraffic, dense_ops, expert_ops, head_ops, loss_ops, sequence_cut
-from moesim.work.ops import Elementwise, FloatArray, Pause
+from moesim.work.ops import Elementwise, Pause
 from moesim.work.step import Batch, Block, Node, Step
 
 __all__ = ["forward_step"]
@@ -47,11 +46,6 @@ def forward_step(
     if n_micro > 2:
         raise LayoutError("at most two micro-batches overlap", value=n_micro)
     micros = [batch.share(1 / n_micro) for _ in range(n_micro)]
-    dropped = np.zeros(batch.n_points)
-    if traffic and case.capacity_factor is not None:
-        clipped = [_clip(case, one) for one in traffic]
-        traffic = [one for one, _ in clipped]
-        dropped = np.mean([share for _, share in clipped], axis=0)
     blocks: list[Block] = []
     order: list[tuple[int, int]] = []
     if stage.first:
@@ -61,7 +55,7 @@ def forward_step(
     if stage.last:
         blocks.append(_head(case, micros))
         order.append((len(blocks) - 1, 0))
-    return Step(tuple(blocks), tuple(order), batch.n_points, case.layout.group_ranks, dropped)
+    return Step(tuple(blocks), tuple(order), batch.n_points, case.layout.group_ranks)
 
 
 def _append_layers(
@@ -110,44 +104,6 @@ def _append_projections(
         order += [(len(blocks), repeat) for repeat in range(len(layers))]
         nodes = [n for m, one in enumerate(micros) for n in _named(cross_projection(case, spec, one), m)]
         blocks.append(Block("cross", tuple(layers), tuple(nodes)))
-
-
-def _clip(case: Case, traffic: ExpertTraffic) -> tuple[ExpertTraffic, FloatArray]:
-    """Drop the rows over capacity; the share dropped is returned beside what is left."""
-    rows = traffic.tokens_per_slot
-    total = rows.sum(axis=(2, 3), keepdims=True)
-    moe = case.model.moe
-    if moe is None or case.capacity_factor is None or not rows.shape[1]:
-        return traffic, np.zeros(len(rows))
-    n_slots = rows.shape[2] * rows.shape[3]
-    capacity = expert_capacity(
-        total / moe.top_k, n_slots, moe.top_k, case.capacity_factor, case.capacity_convention
-    )
-    kept = np.minimum(rows, capacity)
-    share = 1.0 - kept.sum(axis=(1, 2, 3)) / total.sum(axis=(1, 2, 3))
-    return _thinned(
-        replace(traffic, tokens_per_slot=kept), kept.sum(axis=3) / np.maximum(rows.sum(axis=3), 1e-30)
-    ), share
-
-
-def _thinned(traffic: ExpertTraffic, kept: FloatArray) -> ExpertTraffic:
-    """Copies of dropped rows never travel: each rank receives `kept` (n_points, n_layers, ep) of its own.
-
-    All ranks send less by the same share, so that a level still carries as much as arrives by it.
-    """
-    nvlink, nic = traffic.received_nvlink * kept, traffic.received_nic * kept
-    return replace(
-        traffic,
-        received_nvlink=nvlink,
-        received_nic=nic,
-        sent_nvlink=traffic.sent_nvlink * _ratio(nvlink, traffic.received_nvlink),
-        sent_nic=traffic.sent_nic * _ratio(nic, traffic.received_nic),
-    )
-
-
-def _ratio(part: FloatArray, whole: FloatArray) -> FloatArray:
-    sums = part.sum(axis=2, keepdims=True), whole.sum(axis=2, keepdims=True)
-    return np.asarray(sums[0] / np.maximum(sums[1], 1e-30))
 
 
 def _named(

@@ -25,6 +25,7 @@ __all__ = [
     "kv_bytes_per_sequence",
     "rank_elements",
     "training_memory",
+    "weight_bytes",
 ]
 
 FloatArray = NDArray[np.float64]
@@ -282,6 +283,14 @@ def _training_stage(
     return items
 
 
+def _rows_over_routed(case: Case) -> float:
+    """Rows that the experts of a rank hold over those routed to them, at most: padding counts, drops do."""
+    if case.capacity is None:
+        return 1.0
+    whole = case.capacity.padding == "capacity" or case.capacity.router == "expert-choice"
+    return case.capacity.factor if whole else min(case.capacity.factor, 1.0)
+
+
 def _activation_bytes(case: Case, state: TrainingState, index: int) -> float:
     """Bytes kept per token of one layer on one rank for its backward pass."""
     hidden, layer = case.model.hidden, case.layer(index)
@@ -293,5 +302,5 @@ def _activation_bytes(case: Case, state: TrainingState, index: int) -> float:
     if layer.moe is None:
         return kept + 2.0 * 3 * (layer.dense_intermediate or 0)
     wide = 3 * layer.moe.intermediate if state.recompute == "none" else 0
-    rows = 2.0 * layer.moe.top_k * (hidden + wide)
+    rows = 2.0 * layer.moe.top_k * (hidden + wide) * _rows_over_routed(case)
     return kept + rows + 2.0 * 3 * layer.moe.shared_intermediate

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moesim.work.ops import FloatArray, Op
 
@@ -112,5 +111,3 @@ class Step:
     """(block, repeat) pairs."""
     n_points: int
     n_ranks: int
-    dropped_fraction: NDArray[np.float64]
-    """(n_points,) share of token-expert pairs over capacity."""

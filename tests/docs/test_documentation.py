@@ -174,6 +174,7 @@ def test_there_is_something_to_check() -> None:
     assert {command.split()[1] for _, command, _ in COMMANDS} == {
         "plan",
         "run",
+        "sweep",
         "explain",
         "network",
         "trace",

@@ -14,7 +14,7 @@ from moesim.model import count_parameters, load_model
 from moesim.plan.context import Choice, Context
 from moesim.plan.train import train_outcome
 from moesim.routing import default_routing
-from moesim.work.capacity import expert_capacity
+from moesim.routing.capacity import CapacityPolicy, expert_capacity
 from moesim.work.case import Layout
 from moesim.work.memory import TrainingState, inference_memory, kv_bytes_per_sequence
 from moesim.work.ops import AllReduce, Combine, Dispatch
@@ -169,7 +169,7 @@ def test_megatron_trains_mixtral_8x22b(shared_data, row_id, capsys):
         max_drawn_tokens=2048,
     )  # fmt: skip
     sizes = {"global_batch": global_batch * ONE, "micro_batch": ONE, "sequence": config["seq"] * ONE}
-    choice = Choice(capacity_factor=config["capacity_factor"])
+    choice = Choice(capacity=CapacityPolicy(config["capacity_factor"]))
     outcome = train_outcome(context, cluster, megatron_layout(config), choice, sizes, TrainingState(zero=1))
     predicted, measured = 100 * float(outcome.mfu[0]), float(row["value"])
     with capsys.disabled():

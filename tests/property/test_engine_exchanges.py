@@ -151,9 +151,19 @@ def test_flows_alone_on_the_programs_links_end_when_the_library_says(layout: str
 
 
 @pytest.mark.parametrize("layout", ["ep 16 over 2 nodes", "tp 2", "etp 2"])
-@pytest.mark.parametrize("more", ["", ", capacity_factor: 1.0"])
-def test_a_rank_receives_the_copies_that_it_is_priced_for(layout: str, more: str) -> None:
-    own = prefill(priced(layout, "low-latency", more=more))
+@pytest.mark.parametrize(
+    ("dispatch", "more"),
+    [
+        ("low-latency", ""),
+        ("low-latency", ", capacity_factor: 1.0"),
+        ("low-latency", ", capacity_factor: 1.0, overflow: reroute"),
+        ("low-latency", ", capacity_factor: 1.0, capacity_convention: megablocks"),
+        ("nccl", ", capacity_factor: 1.0, padding: capacity"),
+        ("nccl", ", capacity_factor: 1.0, router: expert-choice"),
+    ],
+)
+def test_a_rank_receives_the_copies_that_it_is_priced_for(layout: str, more: str, dispatch: str) -> None:
+    own = prefill(priced(layout, dispatch, more=more))
     program = own.linked_program(0, 0)
     (block,) = [one for one in own.timed.step.blocks if one.name == "moe"]
     (op,) = [node.op for node in block.nodes if isinstance(node.op, Dispatch)]

@@ -257,7 +257,7 @@ def test_large_batches_come_closer_to_the_mean_load():
 
 def test_matrix_and_marginal_ways_give_the_same_points(monkeypatch):
     one = points()
-    monkeypatch.setattr("moesim.routing.points._LARGEST_MATRIX", 1)
+    monkeypatch.setattr("moesim.routing.marginals._LARGEST_MATRIX", 1)
     other = points()
     for kind, x in one.exchanges.items():
         y = other.exchanges[kind]

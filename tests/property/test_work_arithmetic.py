@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moesim.errors import LayoutError
 from moesim.model import count_parameters, list_models, load_model
 from moesim.plan.context import Choice
+from moesim.routing.capacity import CapacityPolicy
 from moesim.work.case import Layout
 from moesim.work.memory import TrainingState, rank_elements
 from moesim.work.ops import AllGather, AllReduce, Combine, Dispatch, Exchange, ExpertFfn, ReduceScatter
@@ -90,7 +91,13 @@ def test_expert_rows_are_tokens_times_top_k(data, model, phase):
 @EXAMPLES
 def test_an_exchange_delivers_what_was_sent(data, model, factor, wanted):
     layout = data.draw(layouts(model))
-    case = made(model, layout, "prefill", Choice(dispatch=wanted, capacity_factor=factor), routing="zipf")
+    case = made(
+        model,
+        layout,
+        "prefill",
+        Choice(dispatch=wanted, capacity=factor and CapacityPolicy(factor)),
+        routing="zipf",
+    )
     step = step_of(case, Batch.of("prefill", 4.0, 16, 16), routing="zipf")
     ops = [node.op for block in step.blocks for node in block.nodes]
     for op in ops:

@@ -356,8 +356,8 @@ def test_a_dispatch_that_the_layout_cannot_have(
     assert told.err.startswith("moesim: bad.yaml:4:20:")
 
 
-@pytest.mark.parametrize("key", ["policy.overflow=drop-position", "policy.dispatch=none"])
-def test_keys_that_changed_nothing_are_gone(moesim: Callable[..., Told], tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize("key", ["policy.overflow=drop", "policy.dispatch=none", "policy.router=expert"])
+def test_words_that_say_nothing_are_refused(moesim: Callable[..., Told], tmp_path: Path, key: str) -> None:
     before = set(tmp_path.rglob("*"))
     check(moesim(*GOOD_RUN, "--set", key), tmp_path, before, f"--set {key}: ")
 

@@ -238,7 +238,7 @@ def test_pruning_by_a_bound_leaves_the_ten_best_alone(more: str, monkeypatch: py
 
 def test_the_bound_looks_at_its_own_capacity_factor() -> None:
     found = planned(gpus=8, more="policy: {capacity_factor: [1.0, none]}")
-    factors = {one.outcome.case.capacity_factor for one in found.ranked}
+    factors = {one.outcome.case.capacity and one.outcome.case.capacity.factor for one in found.ranked}
     assert factors == {1.0, None}
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesim.errors import LayoutError
-from moesim.work.capacity import expert_capacity
+from moesim.routing.capacity import expert_capacity
 
 CONVENTIONS = ("megatron", "tutel", "megablocks")
 
