@@ -93,7 +93,12 @@ _NORMAL_FAR: Spec = {
         "share of the NIC's datasheet rate: 48.5 of 50 GB/s (NVIDIA, CX7)",
     ),
     # Forwarding adds work to a copy: it takes none away.
-    "far_sm_scale": (1.4, 1.0, 5.0, "SM time per copy of the kernel that also forwards, over the one-node kernel's"),
+    "far_sm_scale": (
+        1.4,
+        1.0,
+        5.0,
+        "SM time per copy of the kernel that also forwards, over the one-node kernel's",
+    ),
     "nic_contention": (0.2, 1e-4, 2.0, "NIC time added by each node beyond two, on the measured fabric"),
 }
 _SPECS: Mapping[Kind, tuple[Spec, Spec]] = {
@@ -107,15 +112,21 @@ _NO_FAR = {
     "far_start_s": (4e-6, "more fixed cost where NICs take part; assumed"),
     "far_peer_s": (1e-6, "the same for every peer behind a NIC; assumed"),
     "nic_rate_fraction": (0.9, "share of the NIC's datasheet rate; assumed"),
-    "far_round_s": (2.5e-5, "the barriers' time per doubling of the nodes, beside one hop: as on H100; assumed"),
-    "far_sm_scale": (1.5, "SM time per copy of the kernel that also forwards, over the one-node kernel's; assumed"),
+    "far_round_s": (
+        2.5e-5,
+        "the barriers' time per doubling of the nodes, beside one hop: as on H100; assumed",
+    ),
+    "far_sm_scale": (
+        1.5,
+        "SM time per copy of the kernel that also forwards, over the one-node kernel's; assumed",
+    ),
 }
 _CONTENTION = "nic_contention"
 _NO_CONTENTION = (
     0.0,
     "NIC time added by each node beyond two: a fabric's own, none in DeepEP's published tables (8 nodes)",
 )
-_UNSEEN_CONTENTION = "NIC time added by each node beyond two: rows of two nodes do not tell"
+_HELD = (0.0, 0.0, 0.0, "NIC time added by each node beyond two: rows of two nodes do not tell")
 _PCIE = ("pcie_rate_fraction", (0.75, "share of the PCIe datasheet rate, where a box has no NVLink; assumed"))
 
 
@@ -215,7 +226,7 @@ def _family(
     owner = base.device if base is not None else ""
     near_rows, far_rows = rows[rows["n_nodes"] == 1], rows[rows["n_nodes"] > 1]
     if _CONTENTION in far_spec and far_rows["n_nodes"].max() == FEWEST_NODES:
-        far_spec = {**far_spec, _CONTENTION: (0.0, 0.0, 0.0, _UNSEEN_CONTENTION)}
+        far_spec = {**far_spec, _CONTENTION: _HELD}
     constants = _constants(kind)
     given = {
         name: value for name, (value, _) in {**_NO_FAR, _CONTENTION: _NO_CONTENTION, **constants}.items()
@@ -295,13 +306,30 @@ def _fitted(
 
 
 def _solve(rows: Sequence[ExchangeRows], spec: Spec, given: Values, prior: Values) -> LogFit:
+    start = {name: prior.get(name, row[0]) for name, row in spec.items()}
+    few = [row for row in rows if row.n_nodes == FEWEST_NODES]
+    many = [row for row in rows if row.n_nodes > FEWEST_NODES]
+    if few and many and spec.get(_CONTENTION, _HELD)[:3] != _HELD[:3]:
+        # few rows of many nodes are outliers until it is near: the search would drop them
+        start |= _solve(few, {**spec, _CONTENTION: _HELD}, given, prior).values
+        start[_CONTENTION] = _nearest_contention(many, {**given, **start})
     return fit_log_least_squares(
-        lambda values: predict_exchange(rows, {**given, **values}), measured_s(rows),
-        {name: prior.get(name, row[0]) for name, row in spec.items()},
+        lambda values: predict_exchange(rows, {**given, **values}), measured_s(rows), start,
         {name: (row[1], row[2]) for name, row in spec.items()},
         prior=prior, prior_weight=PRIOR_WEIGHT,
         loss_scale=0.08, max_evaluations=80,
     )  # fmt: skip
+
+
+def _nearest_contention(rows: Sequence[ExchangeRows], values: Values) -> float:
+    """Of values a tenth apart, the one whose times are nearest to those of rows of many nodes."""
+    tried = np.geomspace(1e-3, 2.0, 80)
+    measured_log = np.log(measured_s(rows))
+    off = [
+        np.abs(np.log(predict_exchange(rows, {**values, _CONTENTION: float(c)})) - measured_log).mean()
+        for c in tried
+    ]
+    return float(tried[int(np.argmin(off))])
 
 
 def _group(row: ExchangeRows, groups: str) -> tuple[int, ...]:
