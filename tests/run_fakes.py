@@ -18,7 +18,7 @@ class FakeDevice:
     software = "fake 1.0"
     cache_bytes = 1000
     n_sms = 1
-    capability = None
+    capability: int | None = None
 
     def __init__(self, *, has_graphs: bool = True, free_bytes: int = 10**9) -> None:
         self.has_graphs = has_graphs

@@ -19,12 +19,13 @@ from calibrate.run.design import Candidate
 from calibrate.run.plan import plan_points, within_budget
 from calibrate.run.points import Point, Scope
 from calibrate.run.session import Session
+from calibrate.schema import Value
 from moesim.hardware import load_gpu
 from tests.run_fakes import FakeDevice
 
 GPU = load_gpu("h200-sxm")
 HOPPER = Chip(90, GPU.n_sms)
-ROW = {
+ROW: dict[str, Value] = {
     "op": "moe_ffn", "implementation": "moesim-triton", "dtype": "bfloat16", "n_tokens": 16, "hidden": 256,
     "intermediate": 256, "top_k": 2, "n_experts": 8, "tp": 1, "ep": 1, "load": "balanced",
 }  # fmt: skip
@@ -142,7 +143,7 @@ def test_fifteen_processes_let_nearly_twice_the_points_into_the_default_budget()
 def session(tmp_path: Path) -> Session:
     device = FakeDevice()
     device.capability, device.n_sms = 90, GPU.n_sms
-    return Session(device, tmp_path, lambda *_: None, lambda: 1e-3)  # type: ignore[arg-type, return-value]
+    return Session(device, tmp_path, lambda *_: None, lambda: 1e-3)  # type: ignore[arg-type]
 
 
 def test_what_was_compiled_ahead_is_paid_once(
