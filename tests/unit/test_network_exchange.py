@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moesim.errors import TrafficError
+from moesim.errors import ProfileError, TrafficError
 from moesim.hardware.catalog import load_cluster
 from moesim.hardware.profile import load_profile
 from moesim.network import NetworkParams, all_to_all_s, bounding_link, combine_s, dispatch_s
@@ -209,3 +209,15 @@ def test_contention_of_the_measured_fabric_stays_with_the_h100_profile() -> None
     op = exchange(4096, 4096 * 6.5, 4096 * 3.49, ranks=64)
     clean, shared = (dispatch_s(op, cluster=wide, params=params).max() for params in (PARAMS, measured))
     assert shared > 2 * clean
+
+
+def test_a_profile_without_a_parameter_says_which() -> None:
+    full = load_profile("h200-sxm")
+    families = [
+        one.model_copy(update={"parameters": {k: v for k, v in one.parameters.items() if k != "far_round_s"}})
+        for one in full.families
+    ]
+    older = NetworkParams.from_profile(full.model_copy(update={"families": tuple(families)}))
+    with pytest.raises(ProfileError, match="ep_dispatch deepep-normal any: 'far_round_s': is no parameter"):
+        dispatch_s(exchange(64, 300, 100, ranks=32), cluster=CLUSTER, params=older)
+    assert dispatch_s(exchange(64, 300, 100), cluster=NODE, params=older).max() > 0
