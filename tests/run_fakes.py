@@ -17,6 +17,8 @@ class FakeDevice:
     torch_name = "cpu"
     software = "fake 1.0"
     cache_bytes = 1000
+    n_sms = 1
+    capability: int | None = None
 
     def __init__(self, *, has_graphs: bool = True, free_bytes: int = 10**9) -> None:
         self.has_graphs = has_graphs

@@ -48,6 +48,8 @@ from moesim.hardware.profile import Family, Profile
 __all__ = ["TABLES", "fit_table", "predict_table"]
 
 TABLES = ("deepep",)
+FEWEST_NODES = 2
+"""Nodes that cannot tell what more of them cost each other."""
 ODD_NODES = f"only nodes of {GPUS_PER_NODE} GPUs have a model"
 
 _LOW_LATENCY_NEAR: Spec = {
@@ -75,18 +77,14 @@ _NORMAL_NEAR: Spec = {
     "copy_byte_s": (3e-11, 1e-12, 1e-9, "the same per byte [s/byte]"),
     "nvlink_rate_fraction": (0.8, 0.3, 1.0, "share of the NVLink datasheet rate"),
 }
-_FAR: Spec = {
-    "far_start_s": (4e-6, 1e-7, 2e-4, "more fixed cost where NICs take part, beside one hop [s]"),
-}
 _LOW_LATENCY_FAR: Spec = {
-    **_FAR,
+    "far_start_s": (4e-6, 1e-7, 2e-4, "more fixed cost where NICs take part, beside one hop [s]"),
     "far_peer_s": (2e-7, 1e-9, 5e-6, "the same for every rank behind a NIC [s]"),
     # At most what NVIDIA reaches; above 48 of 50 GB/s the PCIe behind it decides, and rows no longer tell.
     "nic_rate_fraction": (0.9, 0.3, 0.97, "share of the NIC's datasheet rate"),
 }
 _NORMAL_FAR: Spec = {
-    **_FAR,
-    "far_peer_s": (1e-6, 1e-8, 5e-5, "the same for every other node [s]"),
+    "far_round_s": (2e-5, 1e-6, 2e-4, "the barriers' time per doubling of the nodes, beside one hop [s]"),
     # Held: two nodes are bound by SMs, so the rows tell only its product with the contention.
     "nic_rate_fraction": (
         0.97,
@@ -94,7 +92,13 @@ _NORMAL_FAR: Spec = {
         0.97,
         "share of the NIC's datasheet rate: 48.5 of 50 GB/s (NVIDIA, CX7)",
     ),
-    "far_sm_scale": (1.4, 0.5, 5.0, "SM time of the kernel that also forwards, over the one-node kernel's"),
+    # Forwarding adds work to a copy: it takes none away.
+    "far_sm_scale": (
+        1.4,
+        1.0,
+        5.0,
+        "SM time per copy of the kernel that also forwards, over the one-node kernel's",
+    ),
     "nic_contention": (0.2, 1e-4, 2.0, "NIC time added by each node beyond two, on the measured fabric"),
 }
 _SPECS: Mapping[Kind, tuple[Spec, Spec]] = {
@@ -108,13 +112,21 @@ _NO_FAR = {
     "far_start_s": (4e-6, "more fixed cost where NICs take part; assumed"),
     "far_peer_s": (1e-6, "the same for every peer behind a NIC; assumed"),
     "nic_rate_fraction": (0.9, "share of the NIC's datasheet rate; assumed"),
-    "far_sm_scale": (1.0, "SM time of the kernel that also forwards, over the one-node kernel's; assumed"),
+    "far_round_s": (
+        2.5e-5,
+        "the barriers' time per doubling of the nodes, beside one hop: as on H100; assumed",
+    ),
+    "far_sm_scale": (
+        1.5,
+        "SM time per copy of the kernel that also forwards, over the one-node kernel's; assumed",
+    ),
 }
 _CONTENTION = "nic_contention"
 _NO_CONTENTION = (
     0.0,
     "NIC time added by each node beyond two: a fabric's own, none in DeepEP's published tables (8 nodes)",
 )
+_HELD = (0.0, 0.0, 0.0, "NIC time added by each node beyond two: rows of two nodes do not tell")
 _PCIE = ("pcie_rate_fraction", (0.75, "share of the PCIe datasheet rate, where a box has no NVLink; assumed"))
 
 
@@ -213,6 +225,8 @@ def _family(
     near_spec, far_spec = specs
     owner = base.device if base is not None else ""
     near_rows, far_rows = rows[rows["n_nodes"] == 1], rows[rows["n_nodes"] > 1]
+    if _CONTENTION in far_spec and far_rows["n_nodes"].max() == FEWEST_NODES:
+        far_spec = {**far_spec, _CONTENTION: _HELD}
     constants = _constants(kind)
     given = {
         name: value for name, (value, _) in {**_NO_FAR, _CONTENTION: _NO_CONTENTION, **constants}.items()
@@ -247,7 +261,7 @@ def _family(
 
 def _taken(spec: Spec, known: Family | None, owner: str) -> _Level:
     """A level that was not measured: another profile's, or assumed; never another fabric's contention."""
-    what = "between nodes" if "far_start_s" in spec else "inside a node"
+    what = "between nodes" if "nic_rate_fraction" in spec else "inside a node"
     if known is None or not set(spec) <= {*known.parameters, _CONTENTION}:
         values = {name: _NO_FAR[name][0] if name in _NO_FAR else row[0] for name, row in spec.items()}
         entries = {
@@ -292,13 +306,30 @@ def _fitted(
 
 
 def _solve(rows: Sequence[ExchangeRows], spec: Spec, given: Values, prior: Values) -> LogFit:
+    start = {name: prior.get(name, row[0]) for name, row in spec.items()}
+    few = [row for row in rows if row.n_nodes == FEWEST_NODES]
+    many = [row for row in rows if row.n_nodes > FEWEST_NODES]
+    if few and many and spec.get(_CONTENTION, _HELD)[:3] != _HELD[:3]:
+        # few rows of many nodes are outliers until it is near: the search would drop them
+        start |= _solve(few, {**spec, _CONTENTION: _HELD}, given, prior).values
+        start[_CONTENTION] = _nearest_contention(many, {**given, **start})
     return fit_log_least_squares(
-        lambda values: predict_exchange(rows, {**given, **values}), measured_s(rows),
-        {name: prior.get(name, row[0]) for name, row in spec.items()},
+        lambda values: predict_exchange(rows, {**given, **values}), measured_s(rows), start,
         {name: (row[1], row[2]) for name, row in spec.items()},
         prior=prior, prior_weight=PRIOR_WEIGHT,
         loss_scale=0.08, max_evaluations=80,
     )  # fmt: skip
+
+
+def _nearest_contention(rows: Sequence[ExchangeRows], values: Values) -> float:
+    """Of values a tenth apart, the one whose times are nearest to those of rows of many nodes."""
+    tried = np.geomspace(1e-3, 2.0, 80)
+    measured_log = np.log(measured_s(rows))
+    off = [
+        np.abs(np.log(predict_exchange(rows, {**values, _CONTENTION: float(c)})) - measured_log).mean()
+        for c in tried
+    ]
+    return float(tried[int(np.argmin(off))])
 
 
 def _group(row: ExchangeRows, groups: str) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from calibrate.fit.common import FloatArray, LogFit, Prediction, fit_log_least_squares, grouped_folds
 from calibrate.statistics import ape_stats
+from moesim.errors import ProfileError
 from moesim.hardware.profile import Family, Profile
 
 __all__ = [
@@ -348,8 +349,9 @@ def predict_by_family(
             continue
         try:
             time_s[part.index] = price(part, family.values(), key)
-        except KeyError as missing:
-            refuse(part.index, f"the profile's family {' '.join(key)} has no {missing.args[0]}: fit it again")
+        except (KeyError, ProfileError) as missing:
+            name = missing.value if isinstance(missing, ProfileError) else missing.args[0]
+            refuse(part.index, f"the profile's family {' '.join(key)} has no {name}: fit it again")
     left = [int(i) for i in np.flatnonzero(np.isnan(time_s)) if why[i] is None]
     refuse(left, "outside what the model covers")
     return Prediction(time_s, why)

@@ -47,14 +47,14 @@ def format_of(weight: Tensor) -> str:
     return _FORMATS[weight.dtype]
 
 
-def tiles_for(n_tokens: int, top_k: int, n_experts: int, w_up: Tensor) -> TilePair:
-    """Tiles by the rule, for `w_up` [slots, 2 I, H] on its device."""
-    if w_up.device.type == "cuda":
+def tiles_for(n_tokens: int, top_k: int, n_experts: int, w_up: Tensor, n_sms: int | None = None) -> TilePair:
+    """Tiles by the rule, for `w_up` [slots, 2 I, H] on its device, or on one of `n_sms` multiprocessors."""
+    if n_sms is None and w_up.device.type == "cuda":
         n_sms = torch.cuda.get_device_properties(w_up.device).multi_processor_count
-    else:
-        n_sms = 1
     _, two_inner, hidden = w_up.shape
-    return choose_pair(n_tokens * top_k / max(n_experts, 1), hidden, two_inner // 2, format_of(w_up), n_sms)
+    return choose_pair(
+        n_tokens * top_k / max(n_experts, 1), hidden, two_inner // 2, format_of(w_up), n_sms or 1
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,34 +57,40 @@ GpuName = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of data, routing and order.")]
 List = Annotated[bool, typer.Option("--list", help="Show points and estimated times; measure nothing.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Processes that compile kernels first; this machine's cores less one."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 
 @app.command("all")
 def all_(
     out: Out = None, budget: Budget = None, device: DeviceName = "cuda", gpu: GpuName = None, seed: Seed = 0,
-    list_: List = False, json: Json = False,
+    jobs: Jobs = None, list_: List = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Measure kernels and transfers. Collectives need several ranks: see `collectives`."""
-    _measure(("kernels", "transfers"), out, budget, device, gpu, seed, list_=list_, json=json)
+    _measure(("kernels", "transfers"), out, budget, device, gpu, seed, jobs, list_=list_, json=json)
 
 
 @app.command()
 def kernels(
     out: Out = None, budget: Budget = None, device: DeviceName = "cuda", gpu: GpuName = None, seed: Seed = 0,
-    list_: List = False, json: Json = False,
+    jobs: Jobs = None, list_: List = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Measure expert feed-forwards, their steps, router, dense products and attention."""
-    _measure(("kernels",), out, budget, device, gpu, seed, list_=list_, json=json)
+    _measure(("kernels",), out, budget, device, gpu, seed, jobs, list_=list_, json=json)
 
 
 @app.command()
 def transfers(
     out: Out = None, budget: Budget = None, device: DeviceName = "cuda", gpu: GpuName = None, seed: Seed = 0,
-    list_: List = False, json: Json = False,
+    jobs: Jobs = None, list_: List = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Measure copies to and from the host, device memory and launches."""
-    _measure(("transfers",), out, budget, device, gpu, seed, list_=list_, json=json)
+    _measure(("transfers",), out, budget, device, gpu, seed, jobs, list_=list_, json=json)
 
 
 @app.command()
@@ -120,15 +126,16 @@ app.command()(import_module("calibrate.collectives.command").collectives)
 
 def _measure(
     groups: Sequence[str], out: Path | None, budget: str | None, device: str, gpu: str | None, seed: int,
-    *, list_: bool, json: bool,
+    jobs: int | None, *, list_: bool, json: bool,
 ) -> None:  # fmt: skip
     from calibrate.run.device import check_device_name
+    from calibrate.run.options import jobs_here
 
     budget_s = None if budget is None else parse_budget(budget)
     check_device_name(device)
     if list_:
         scope, chip = _asked(device, gpu)
-        _show_list(_planned(groups, scope, chip), budget_s, json=json)
+        _show_list(_planned(groups, scope, chip), chip, budget_s, jobs or jobs_here(), json=json)
         return
     if out is None:
         raise MeasurementError("say where the files go", place="-o", fix="add -o calibrate/measured/NAME")
@@ -139,7 +146,8 @@ def _measure(
     scope, chip = _asked(device, gpu, machine.name)
     scope = replace(scope, memory_bytes=min(scope.memory_bytes, machine.free_bytes()))
     planned = _planned(groups, scope, chip)
-    tell(_measured(machine, out, planned, budget_s, seed), out, json=json, steady=device != "cpu")
+    outcome = _measured(machine, out, planned, chip, budget_s, seed, jobs or jobs_here())
+    tell(outcome, out, json=json, steady=device != "cpu")
 
 
 def _asked(device: str, gpu: str | None, found: str = "") -> tuple[Scope, Gpu]:
@@ -164,8 +172,10 @@ def _planned(groups: Sequence[str], scope: Scope, chip: Gpu) -> list[Candidate]:
 
 
 def _measured(
-    machine: Any, out: Path, planned: Sequence[Candidate], budget_s: float | None, seed: int
-) -> Outcome:
+    machine: Any, out: Path, planned: Sequence[Candidate], chip: Gpu, budget_s: float | None, seed: int,
+    jobs: int,
+) -> Outcome:  # fmt: skip
+    from calibrate.run.ahead import prepared
     from calibrate.run.cases import build_case, sentinel
     from calibrate.run.session import HANG_S, Session
 
@@ -178,8 +188,9 @@ def _measured(
     try:
         with _first_interrupt_only():
             session = Session(machine, out, build_case, sentinel(machine), seed=seed, hang_s=HANG_S)
-            with _bar(len(planned)) as progress:
-                return session.run(planned, budget_s=budget_s, progress=progress)
+            ready, left_s = prepared(session, planned, chip, budget_s=budget_s, jobs=jobs)
+            with _bar(len(ready)) as progress:
+                return session.run(ready, budget_s=left_s, progress=progress)
     except KeyboardInterrupt:
         n_done = 0 if session is None else session.outcome.n_measured + session.outcome.n_before
         print(
@@ -241,16 +252,24 @@ class _Lines:
 # ---------------------------------------------------------------- output
 
 
-def _show_list(planned: Sequence[Candidate], budget_s: float | None, *, json: bool) -> None:
+def _show_list(
+    planned: Sequence[Candidate], chip: Gpu, budget_s: float | None, jobs: int, *, json: bool
+) -> None:
+    from calibrate.run.compiled import all_kernels, compiling_s, with_compiling
+    from calibrate.run.plan import within_budget
     from calibrate.run.session import totals
     from moesim.cli import show
 
-    within = _within(planned, budget_s)
+    within = within_budget(with_compiling(planned, chip, jobs=jobs), budget_s)
+    n_kernels = len(all_kernels(within, chip))
     found = totals(within)
     told: dict[str, Any] = {
         "n_points": len(within),
         "n_held_out": sum(one.point.held_out for one in within),
         "seconds": sum(one.seconds for one in within),
+        "n_kernels": n_kernels,
+        "compiling_s": compiling_s(n_kernels, jobs),
+        "jobs": jobs,
         "families": found,
     }
     if json:
@@ -263,20 +282,9 @@ def _show_list(planned: Sequence[Candidate], budget_s: float | None, *, json: bo
         print(f"{one.seconds:6.2f} s  {'held out' if one.point.held_out else '        '}  {one.point}")
     show.rows("Points, and their estimated time", [_family_row(name, row) for name, row in found.items()])
     print(
-        f"{told['n_points']} points, {told['n_held_out']} of them held out; estimated {told['seconds']:.0f} s"
+        f"{told['n_points']} points, {told['n_held_out']} of them held out; estimated {told['seconds']:.0f} s, "
+        f"{told['compiling_s']:.0f} s of it to compile {n_kernels} kernels on {jobs} processes"
     )
-
-
-def _within(planned: Sequence[Candidate], budget_s: float | None) -> list[Candidate]:
-    """Points that fit the budget, if estimates are right."""
-    if budget_s is None:
-        return list(planned)
-    spent_s, found = 0.0, []
-    for one in planned:
-        if spent_s + one.seconds <= budget_s:
-            spent_s += one.seconds
-            found.append(one)
-    return found
 
 
 def _family_row(name: str, row: Mapping[str, float]) -> dict[str, str]:

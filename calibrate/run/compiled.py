@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,12 @@ from calibrate.run.design import Candidate
 from calibrate.run.points import Point
 from moesim.hardware.gpu import Gpu
 
-__all__ = ["COMPILE_S", "kernels_of", "with_compiling"]
+__all__ = ["COMPILE_S", "START_S", "all_kernels", "compiling_s", "kernels_of", "with_compiling"]
 
 COMPILE_S = 1.0
-"""One kernel's compilation, on one core: assumed, from compiling them for sm_90 on a processor."""
+"""One kernel's compilation, on one core: assumed; for sm_90 on a busy core of a server 62 of them took 0.7 s each."""
+START_S = 10.0
+"""Processes that compile ahead: their start, imports, and following all points to their launches; likewise."""
 _ONE_PROGRAM = 2048
 """Pairs that one program sorts; more take three kernels."""
 _CHUNK = 1024
@@ -24,15 +26,41 @@ Kernel = tuple[Any, ...]
 """Name and what it is compiled for."""
 
 
-def with_compiling(planned: Sequence[Candidate], gpu: Gpu) -> list[Candidate]:
-    """Add to each point the time of the kernels that it is the first of the list to need."""
-    seen: set[Kernel] = set()
-    found = []
+def with_compiling(
+    planned: Sequence[Candidate], gpu: Gpu, *, jobs: int = 1, compiled: Iterable[Kernel] = ()
+) -> list[Candidate]:
+    """Add to each point the time of the kernels that it is the first of the list to need.
+
+    Parameters
+    ----------
+    planned, gpu
+        Points without it, in order, and what they run on.
+    jobs
+        Processes that compile ahead, if more than one; the first kernel has their start.
+    compiled
+        Kernels that are there.
+    """
+    seen: set[Kernel] = set(compiled)
+    found, n_new = [], 0
     for one in planned:
         new = kernels_of(one.point, gpu) - seen
         seen |= new
-        found.append(replace(one, seconds=one.seconds + COMPILE_S * len(new)))
+        before_s = compiling_s(n_new, jobs)
+        n_new += len(new)
+        found.append(replace(one, seconds=one.seconds + compiling_s(n_new, jobs) - before_s))
     return found
+
+
+def compiling_s(n_kernels: int, jobs: int) -> float:
+    """Time that compiling takes: as kernels are met, or ahead of all points on several processes [s]."""
+    if jobs < 2 or not n_kernels:
+        return COMPILE_S * n_kernels
+    return START_S + COMPILE_S * n_kernels / jobs
+
+
+def all_kernels(planned: Iterable[Candidate], gpu: Gpu) -> frozenset[Kernel]:
+    """Triton kernels of several points."""
+    return frozenset().union(*(kernels_of(one.point, gpu) for one in planned))
 
 
 def kernels_of(point: Point, gpu: Gpu) -> frozenset[Kernel]:
@@ -54,14 +82,14 @@ def _experts(point: Point, gpu: Gpu) -> set[Kernel]:
     fp8 = dtype == "fp8_block"
     up, down = choose_pair(rows, hidden, inner, dtype, gpu.n_sms)
     products: set[Kernel] = {
-        ("up", up, hidden % up.block_k == 0, inner % (up.block_n // 2) == 0, fp8),
+        ("up", up, hidden % up.block_k == 0, fp8),
         ("down", down, hidden % down.block_n == 0, fp8),
         ("combine", point.columns["top_k"]),
     }
     sort = _sort(point, up.block_m, n_local)
     if point.columns["op"] == "moe_permute":
         return sort
-    return sort | products | ({("quantise", hidden)} if fp8 else set())
+    return sort | products | ({("quantise", min(hidden, 1024))} if fp8 else set())
 
 
 def _sort(point: Point, block_m: int, n_local: int) -> set[Kernel]:
@@ -74,12 +102,13 @@ def _sort(point: Point, block_m: int, n_local: int) -> set[Kernel]:
 
 
 def _padded(point: Point, gpu: Gpu) -> set[Kernel]:
-    """Places of pairs, two batched products by size class, and a sum."""
-    _, _, rows, n_local = _sizes(point)
-    size = _class(rows)
-    return {
-        ("capacity", max(16, 1 << n_local.bit_length())), ("batched up", size), ("batched down", size),
-        ("unpermute", point.columns["top_k"]),
+    """Places of pairs, two batched products by size class, a copy before and a sum after them."""
+    hidden, inner, rows, n_local = _sizes(point)
+    size, top_k = _class(rows), point.columns["top_k"]
+    columns = {64: 64, 128: 128}.get(size, 64)
+    return _sort(point, 1, n_local) | {
+        ("capacity", 1 << (n_local - 1).bit_length()), ("gather", top_k), ("unpermute", top_k),
+        ("batched up", size, inner // columns % 16 == 0), ("batched down", size, hidden // (2 * columns) % 16 == 0),
     }  # fmt: skip
 
 

@@ -52,6 +52,10 @@ class Device(Protocol):
     """Versions of all that decides a time."""
     cache_bytes: int
     """Last level of cache."""
+    n_sms: int
+    """Multiprocessors, by which kernels choose tiles."""
+    capability: int | None
+    """What Triton compiles for: 90 for sm_90; None where it compiles nothing."""
     has_graphs: bool
     """Whether work can be captured and launched at once."""
 
@@ -192,6 +196,8 @@ class CpuDevice:
     name = "cpu"
     torch_name = "cpu"
     cache_bytes = _CPU_CACHE_BYTES
+    n_sms = 1
+    capability: int | None = None
     has_graphs = False
 
     def __init__(self) -> None:
@@ -248,6 +254,8 @@ class CudaDevice:
         self.torch_name = f"cuda:{index}"
         self.name = catalog_name(self._properties.name)
         self.cache_bytes = int(self._properties.L2_cache_size)
+        self.n_sms = int(self._properties.multi_processor_count)
+        self.capability: int | None = 10 * int(self._properties.major) + int(self._properties.minor)
         self.software = (
             f"{software_versions('torch', 'triton')}, cuda {torch.version.cuda}, driver {self._smi.driver()}"
         )
@@ -303,7 +311,7 @@ class CudaDevice:
         return {
             "device": self.name,
             "board": str(self._properties.name),
-            "n_sms": int(self._properties.multi_processor_count),
+            "n_sms": self.n_sms,
             "l2_bytes": self.cache_bytes,
             "memory_bytes": int(self._properties.total_memory),
             "software": self.software,

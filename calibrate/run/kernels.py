@@ -45,6 +45,7 @@ class Layer:
         self.load = str(at["load"])
         self.dtype = str(at["dtype"])
         self.where = device.torch_name
+        self.n_sms = device.n_sms
         self._float = torch.float16 if self.dtype == "float16" else torch.bfloat16
         set_bytes, shared_bytes = self._bytes()
         if own_scratch:
@@ -190,7 +191,9 @@ class Pipeline:
         self._products: Any = grouped_gemm
         self._sum: Any = rows.combine
         self._sort: Any = permute.sort_by_expert
-        self._tiles = fused.tiles_for(layer.n_tokens, layer.top_k, layer.n_experts, layer.w_up[0])
+        self._tiles = fused.tiles_for(
+            layer.n_tokens, layer.top_k, layer.n_experts, layer.w_up[0], layer.n_sms
+        )
         self._spaces = [
             fused.Workspace.of(layer.x[0], layer.w_up[0], layer.top_k, self._tiles) for _ in range(n_spaces)
         ]

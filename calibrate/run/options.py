@@ -8,7 +8,7 @@ from pathlib import Path
 from moesim.errors import MeasurementError, UnitError
 from moesim.units import parse_seconds
 
-__all__ = ["check_file", "check_folder", "parse_budget"]
+__all__ = ["check_file", "check_folder", "jobs_here", "parse_budget"]
 
 _MINUTES = {"m": "min", "h": "h", "s": "s"}
 
@@ -34,6 +34,12 @@ def parse_budget(text: str, place: str = "--budget") -> float:
     if seconds <= 0:
         raise MeasurementError("must be above 0", value=text, place=place, fix=fix)
     return seconds
+
+
+def jobs_here() -> int:
+    """Processes that may compile at once: a core each that this process may use, one left to others."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores - 1)
 
 
 def check_folder(path: Path, place: str = "-o") -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from calibrate.run.compiled import with_compiling
 from calibrate.run.design import Candidate, informative_order, interleave, log_sizes, with_held_out
 from calibrate.run.estimate import measuring_s, predicted_s, sensitivity
 from calibrate.run.points import FAMILIES, HELD_OUT_SHARE, Plan, Point, Scope, candidates
 from moesim.hardware.gpu import Gpu
 from moesim.hardware.profile import Profile
 
-__all__ = ["LONGEST_S", "family_order", "plan_points"]
+__all__ = ["LONGEST_S", "family_order", "plan_points", "within_budget"]
 
 LONGEST_S = 2.5
 """Points that take longer, compiling apart, are not measured: each would cost as much as five others."""
@@ -41,15 +40,26 @@ def plan_points(
     Returns
     -------
     Most informative first in every family; after any number of points each family has had its share of the time.
-    A point's seconds hold the kernels that it is the first to need.
+    A point's seconds are without compiling: `calibrate.run.compiled.with_compiling` adds it.
     """
     chosen = set(groups)
     queues = {plan.name: family_order(plan, scope, gpu, profile) for plan in plans if plan.group in chosen}
-    ordered = interleave(
+    return interleave(
         {name: [(one, one.seconds) for one in queue] for name, queue in queues.items()},
         {plan.name: plan.share for plan in plans},
     )
-    return with_compiling(ordered, gpu)
+
+
+def within_budget(planned: Sequence[Candidate], budget_s: float | None) -> list[Candidate]:
+    """Points that fit the time, if estimates are right; all without a budget."""
+    if budget_s is None:
+        return list(planned)
+    spent_s, found = 0.0, []
+    for one in planned:
+        if spent_s + one.seconds <= budget_s:
+            spent_s += one.seconds
+            found.append(one)
+    return found
 
 
 def family_order(plan: Plan, scope: Scope, gpu: Gpu, profile: Profile | None) -> list[Candidate]:

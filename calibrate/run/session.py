@@ -159,12 +159,17 @@ class Session:
                     self._one(candidate, again=again, left_s=left_s)
             self._watch()
         finally:
-            for recorder in self._recorders.values():
-                recorder.close()
-            self._recorders.clear()
+            self._close()
             told = {key: value for key, value in vars(self.outcome).items() if isinstance(value, int)}
             self.log("end", **told, drift=round(self.outcome.drift, 4), elapsed_s=self._clock() - began_s)
         return self.outcome
+
+    def to_do(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Points that the files do not hold yet."""
+        try:
+            return [one for one in candidates if not self._is_done(one.point)]
+        finally:
+            self._close()
 
     def log(self, event: str, **values: Any) -> None:
         """Add one line to the log."""
@@ -306,6 +311,11 @@ class Session:
     @staticmethod
     def _is_whole(found: set[object]) -> bool:
         return None in found or len(found) == 2
+
+    def _close(self) -> None:
+        for recorder in self._recorders.values():
+            recorder.close()
+        self._recorders.clear()
 
     def _recorder(self, kind: str) -> Recorder:
         if kind not in self._recorders:

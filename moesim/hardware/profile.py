@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -79,8 +80,28 @@ class Family(_Frozen):
     """Error on unseen shapes; None where nothing was measured."""
 
     def values(self) -> dict[str, float]:
-        """Parameter values alone, for the constructor of a cost model."""
-        return {name: parameter.value for name, parameter in self.parameters.items()}
+        """Parameter values alone, for the constructor of a cost model; asking for one that is not there is an error.
+
+        Raises
+        ------
+        ProfileError
+            By the result, where a parameter is asked for that the family lacks.
+        """
+        known = {name: parameter.value for name, parameter in self.parameters.items()}
+        return _Parameters(known, family=f"{self.op} {self.implementation} {self.dtype}")
+
+
+class _Parameters(dict[str, float]):
+    """Values by name that say which family lacks what."""
+
+    def __init__(self, known: Mapping[str, float], *, family: str) -> None:
+        super().__init__(known)
+        self._family = family
+
+    def __missing__(self, name: str) -> float:
+        rule = "is no parameter of this family, and a cost model needs it"
+        fix = "fit the profile again: it is of another version"
+        raise ProfileError(rule, value=name, place=self._family, fix=fix)
 
 
 class Profile(_Frozen):

@@ -31,6 +31,8 @@ _LOW_LATENCY_SHARPNESS = 1.5
 _ONE_SIDED_SHARPNESS = 3.0
 _NORMAL_SHARPNESS = 6.0
 """Exponents of the smooth maximum over links and SMs: those of 1 to 12 that err least on unseen shapes."""
+_RDMA_CHUNK_TOKENS = {"dispatch": (20, 8), "combine": (12, 8)}
+"""Tokens of one write to a NIC, on two nodes and on three to eight: what DeepEP recommends (deep_ep/buffer.py)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,13 +268,14 @@ def low_latency_terms(
     per_token = (
         values["token_s"] + (values["token_byte_s"] + values["copy_byte_s"] * op.top_k) * op.token_bytes
     )
-    far_ranks = n_ranks - per_domain
+    # One hop, and a handshake with every rank behind a NIC.
+    far_start_s = (
+        cluster.nic_latency_s + values["far_start_s"] + values["far_peer_s"] * (n_ranks - per_domain)
+    )
     per_message = values["message_s"] + values["message_byte_s"] * op.token_bytes
     per_byte = 1 / _link_rate(cluster, values) + values.get("gpu_byte_s", 0.0)
     return ExchangeTerms(
-        latency_s=values["start_s"]
-        + values["expert_s"] * experts
-        + _far_start_s(op, values, cluster, far_ranks),
+        latency_s=values["start_s"] + values["expert_s"] * experts + _if_far(op, far_start_s),
         nvlink_s=nvlink * op.token_bytes * per_byte,
         nic_s=nic * op.token_bytes / _nic_rate(cluster, values, n_ranks, per_domain),
         sm_s=np.ceil(tokens / used_sms) * per_token,
@@ -286,7 +289,9 @@ def normal_terms(
 ) -> ExchangeTerms:
     """One copy per (token, rank) over NVLink and per (token, domain) over NICs; `n_sms` SMs move them.
 
-    The SMs look at every token, write every copy, and (on the way back) read a token's copies one by one.
+    The SMs look at every token, write every copy, and (on the way back) read a token's copies one by one. Across
+    domains they also write, or add up, a copy per (token, domain), its own included; two SMs are a channel, and
+    the first chunk of a channel passes before its next stage starts.
     """
     tokens = np.asarray(op.n_tokens, dtype=np.float64)
     n_sms = op.n_sms or int(values["n_sms"])
@@ -295,24 +300,37 @@ def normal_terms(
     nic = np.maximum(op.sent_nic, op.received_nic)
     per_token = values["token_s"] + values["token_byte_s"] * op.token_bytes
     per_copy = values["copy_s"] + values["copy_byte_s"] * op.token_bytes
-    n_domains = ceil(n_ranks / per_domain)
-    far = values["far_sm_scale"] if n_domains > 1 else 1.0
     first_token_s = (values["start_byte_s"] + values["start_copy_byte_s"] * n_ranks * hit) * op.token_bytes
+    latency_s = np.asarray(values["start_s"] + first_token_s)
+    written, sm_scale, filling = nvlink + tokens * hit, 1.0, np.zeros(())
+    n_domains = ceil(n_ranks / per_domain)
+    if n_domains > 1:
+        written = written + nic + tokens * hit_fraction(n_domains, op.n_experts, op.top_k)
+        sm_scale = values["far_sm_scale"]
+        filling = _chunk_share(tokens / (n_sms / 2), op, n_domains)
+        # NVSHMEM's barriers go out in rounds, each twice as far as the one before.
+        rounds_s = ceil(log2(n_domains)) * (cluster.nic_latency_s + values["far_round_s"])
+        latency_s = latency_s + _if_far(op, rounds_s)
+    sm_s = sm_scale * (tokens * per_token + written * per_copy) / n_sms
     return ExchangeTerms(
-        latency_s=values["start_s"] + first_token_s + _far_start_s(op, values, cluster, n_domains - 1),
+        latency_s=latency_s,
         nvlink_s=nvlink * op.token_bytes / _link_rate(cluster, values),
         nic_s=nic * op.token_bytes / _nic_rate(cluster, values, n_ranks, per_domain),
-        sm_s=far * (tokens * per_token + (nvlink + tokens * hit) * per_copy) / n_sms,
-        after_s=values["ramp_s"] * tokens / (tokens + values["ramp_tokens"]),
+        sm_s=sm_s,
+        after_s=values["ramp_s"] * tokens / (tokens + values["ramp_tokens"]) + sm_s * filling,
         sharpness=_NORMAL_SHARPNESS,
     )
 
 
-def _far_start_s(op: Exchange, values: Values, cluster: Cluster, n_peers: int) -> FloatArray:
-    """More start-up where NICs take part: a hop, and a handshake with every peer behind a NIC."""
-    if not np.any(op.sent_nic) and not np.any(op.received_nic):
-        return np.zeros(())
-    return np.asarray(cluster.nic_latency_s + values["far_start_s"] + values["far_peer_s"] * n_peers)
+def _chunk_share(channel_tokens: FloatArray, op: Exchange, n_domains: int) -> FloatArray:
+    """Share of a channel's tokens that are its first chunk: all of few, a chunk of many."""
+    chunk = _RDMA_CHUNK_TOKENS["combine" if isinstance(op, Combine) else "dispatch"][min(n_domains, 3) - 2]
+    return np.asarray(chunk / (channel_tokens + chunk))
+
+
+def _if_far(op: Exchange, start_s: float) -> FloatArray:
+    """Start-up of an exchange that takes NICs; none of one that does not."""
+    return np.asarray(start_s if np.any(op.sent_nic) or np.any(op.received_nic) else 0.0)
 
 
 def _nccl_terms(

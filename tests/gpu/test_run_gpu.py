@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from calibrate.run.ahead import Chip, compile_ahead
 from calibrate.run.cases import build_case, sentinel
 from calibrate.run.device import CudaDevice
 from calibrate.run.plan import plan_points
 from calibrate.run.points import FAMILIES, Plan, Point, Scope, candidates
 from calibrate.run.protocol import measure
 from calibrate.run.session import Session
+from calibrate.schema import Value
 from calibrate.tables import read_table
 from moesim.hardware import gpu_names, load_gpu
 
@@ -100,6 +104,33 @@ def test_clocks_and_versions_are_known(device: CudaDevice) -> None:
     clocks = device.clocks()
     if clocks.sm_clock_hz is not None:
         assert 1e8 < clocks.sm_clock_hz < 4e9
+
+
+def found_on_disk(points: list[Point]) -> list[bool]:
+    """Whether each kernel that a GPU's launches asked for was there."""
+    from triton import knobs
+
+    found: list[bool] = []
+    knobs.compilation.listener = lambda *, cache_hit, **rest: found.append(cache_hit)
+    for point in points:
+        build_case(point, CudaDevice(0)).call(0)
+    return found
+
+
+def test_kernels_compiled_ahead_are_found_by_the_gpu(
+    device: CudaDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    row: dict[str, Value] = {
+        "op": "moe_ffn", "implementation": "moesim-triton", "n_tokens": 64, "hidden": 256, "intermediate": 256,
+        "top_k": 2, "n_experts": 8, "tp": 1, "ep": 2, "load": "balanced",
+    }  # fmt: skip
+    formats = ("bfloat16", "fp8_block") if torch.cuda.get_device_capability() >= (8, 9) else ("bfloat16",)
+    points = [Point("moe_ffn", "x", {**row, "dtype": dtype}) for dtype in formats]
+    made = compile_ahead(points, Chip(device.capability or 0, device.n_sms), jobs=2, limit_s=120)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        found = pool.submit(found_on_disk, points).result(timeout=120)
+    assert len(found) == made.n_kernels > 0 and all(found)
 
 
 def test_a_short_run_is_written_and_read_back(device: CudaDevice, scope: Scope, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moesim.errors import TrafficError
+from moesim.errors import ProfileError, TrafficError
 from moesim.hardware.catalog import load_cluster
 from moesim.hardware.profile import load_profile
 from moesim.network import NetworkParams, all_to_all_s, bounding_link, combine_s, dispatch_s
@@ -86,6 +86,38 @@ def test_more_sms_speed_normal_until_a_link_is_full() -> None:
     ]
     assert times[0] / times[1] == pytest.approx(2, rel=0.1)
     assert times[2] / times[3] < 1.3
+
+
+def normal_terms_on(n_nodes: int, n_tokens: float, near: float, far: float, **more):
+    cluster = load_cluster("dgx-h200", nodes=n_nodes)
+    op = exchange(n_tokens, near, far, ranks=8 * n_nodes, **more)
+    return exchange_terms(op, cluster=cluster, params=PARAMS)
+
+
+def test_forwarding_sms_also_move_a_copy_per_node() -> None:
+    few, many = (normal_terms_on(8, 4096, 4096 * 6.5, 4096 * nodes) for nodes in (1.0, 3.5))
+    assert np.all(many.sm_s > few.sm_s)
+    assert np.all(many.latency_s == few.latency_s)
+
+
+def test_barriers_between_nodes_go_out_in_rounds() -> None:
+    # the first token through costs the same on either: what is left grows with the logarithm
+    start = [normal_terms_on(n, 1, 6.0, 3.0).latency_s.max() for n in (2, 3, 4, 8)]
+    hop = PARAMS.dispatch["deepep-normal"]["far_round_s"] + CLUSTER.nic_latency_s
+    assert start[1] - start[0] == pytest.approx(hop, rel=0.1)
+    assert start[2] - start[1] == pytest.approx(0, abs=0.1 * hop)
+    assert start[3] - start[2] == pytest.approx(hop, rel=0.1)
+    inside = normal_terms_on(2, 1, 6.0, 0.0).latency_s.max()
+    assert start[0] - inside == pytest.approx(hop, rel=1e-6)
+
+
+def test_a_channel_waits_for_its_first_chunk_only() -> None:
+    # few tokens are all in the first chunk, one stage after the other; of many, 20 of a channel's 1e5 are
+    values = PARAMS.dispatch["deepep-normal"]
+    for n_tokens, share in ((10, 1.0), (1e6, 20 / 1e5)):
+        terms = normal_terms_on(2, n_tokens, n_tokens * 5.7, n_tokens * 1.0, n_sms=20)
+        ramp_s = values["ramp_s"] * n_tokens / (n_tokens + values["ramp_tokens"])
+        assert (terms.after_s - ramp_s).max() == pytest.approx(share * terms.sm_s.max(), rel=0.06)
 
 
 def test_the_kernel_takes_the_profiles_sms_where_none_are_given() -> None:
@@ -177,3 +209,15 @@ def test_contention_of_the_measured_fabric_stays_with_the_h100_profile() -> None
     op = exchange(4096, 4096 * 6.5, 4096 * 3.49, ranks=64)
     clean, shared = (dispatch_s(op, cluster=wide, params=params).max() for params in (PARAMS, measured))
     assert shared > 2 * clean
+
+
+def test_a_profile_without_a_parameter_says_which() -> None:
+    full = load_profile("h200-sxm")
+    families = [
+        one.model_copy(update={"parameters": {k: v for k, v in one.parameters.items() if k != "far_round_s"}})
+        for one in full.families
+    ]
+    older = NetworkParams.from_profile(full.model_copy(update={"families": tuple(families)}))
+    with pytest.raises(ProfileError, match="ep_dispatch deepep-normal any: 'far_round_s': is no parameter"):
+        dispatch_s(exchange(64, 300, 100, ranks=32), cluster=CLUSTER, params=older)
+    assert dispatch_s(exchange(64, 300, 100), cluster=NODE, params=older).max() > 0

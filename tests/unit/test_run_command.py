@@ -16,6 +16,7 @@ from calibrate.run import command
 from calibrate.run.options import check_file, check_folder, parse_budget
 from calibrate.run.session import Outcome
 from moesim.errors import MeasurementError, UnitError
+from moesim.hardware import load_gpu
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -46,6 +47,18 @@ def test_list_with_a_budget_shows_what_fits_it(capsys: pytest.CaptureFixture[str
     assert lines[-1].startswith(f"{len(points)} points")
     assert 5 <= len(points) <= 30
     assert sum(float(line.split()[0]) for line in points) <= 10.2
+
+
+def test_list_counts_kernels_and_the_processes_that_compile_them(capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for jobs in ("1", "15"):
+        assert run_here("all", "--list", "--json", "--budget", "150s", "--jobs", jobs) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    alone, shared = told
+    assert alone["compiling_s"] == alone["n_kernels"] and shared["jobs"] == 15
+    assert shared["compiling_s"] == pytest.approx(10 + shared["n_kernels"] / 15)
+    assert shared["n_points"] > 1.7 * alone["n_points"]
+    assert max(one["seconds"] for one in told) <= 150
 
 
 def test_a_smaller_gpu_gets_smaller_points(capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +178,7 @@ def test_an_interrupt_while_the_sentinel_is_made_is_no_traceback(
 
     monkeypatch.setattr(cases, "sentinel", interrupted)
     with pytest.raises(typer.Exit) as stopped:
-        command._measured(None, tmp_path, [], 1.0, 0)
+        command._measured(None, tmp_path, [], load_gpu("h200-sxm"), 1.0, 0, 1)
     assert stopped.value.exit_code == 130
     assert "interrupted: 0 of 0 points" in capsys.readouterr().err
 
