@@ -1,4 +1,4 @@
-"""Flows of one case solved by SimGrid (``pip install simgrid``, 4.1; built from source against Boost).
+"""Flows of one case solved by SimGrid (4.1; ``pip install 'moesim[bench]'``, built from source: needs Boost's headers).
 
 Run as ``python tests/simgrid_reference.py CASE.npz OUT.npz`` in a process of its own, since SimGrid has one engine a
 process. Raw network model: no TCP window, latency or bandwidth corrections; latency is a delayed start.
