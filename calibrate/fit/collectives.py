@@ -126,7 +126,7 @@ def nccl_kernel(op: str, dtype: str, most_ranks: int = SWITCH_RANKS) -> Kernel:
         "all_reduce": {
             "ll_lone_step_s": (
                 2 * LONE_HOP_S,
-                "LL protocol: cost of each further rank where one chunk goes round, two hops of NCCL's tuning constant [s]",
+                "LL protocol: cost of each further rank where one chunk goes round: two hops, by NCCL's constant [s]",
             )
         },
     }

@@ -230,7 +230,7 @@ def _one_sided(config: Mapping[str, Any], row: Mapping[str, Any]) -> list[Networ
 
 
 def _overlapped(config: Mapping[str, Any], row: Mapping[str, Any]) -> list[NetworkFact]:
-    """A12: DeepSeek-V3's training trace, compute beside all of it; the notifications wait for peers and are left out."""
+    """A12: DeepSeek-V3's training trace, compute beside all of it; notifications wait for peers and are left out."""
     if "notify" in config["op"]:
         return []
     stretch = NetworkParams.from_profile(profile_for("h800-sxm")).exchange_stretch

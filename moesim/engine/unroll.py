@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.price import Pricer
-from moesim.engine.program import Flows, Network, Program, Task
+from moesim.engine.program import Draw, Flows, Network, Program, Sharing, Task
 from moesim.engine.recurrence import makespan
 from moesim.work.ops import (
     AllGather,
@@ -19,6 +19,7 @@ from moesim.work.ops import (
     Exchange,
     FloatArray,
     Op,
+    Pause,
     ReduceScatter,
 )
 from moesim.work.step import Block, Node, Step
@@ -75,7 +76,7 @@ class TimedStep:
             Links of those flows; asked once all flows are known.
         """
         program = _Unroller(self, self._segments[False], point, flows_of).run(self._order(layers))
-        return Program.trusted(program.n_ranks, program.tasks, network=network())
+        return Program.trusted(program.n_ranks, program.tasks, network=network(), sharing=program.sharing)
 
     def makespan_s(self, layers: Container[int] | None = None) -> FloatArray:
         """(n_points,) time of the step, or of some of its layers, as `makespan` of its program.
@@ -121,6 +122,14 @@ class TimedStep:
         )
 
     @cached_property
+    def sharing(self) -> Sharing | None:
+        """How tasks that overlap slow one another; None where none do."""
+        if self.pricer.case.overlap == "none":
+            return None
+        network = self.pricer.network
+        return Sharing(network.exchange_stretch, network.compute_stretch)
+
+    @cached_property
     def groups(self) -> dict[str, IntArray]:
         """(n_ranks,) number of each rank's group, by the group's name."""
         return {name: _membership(self, name) for name in ("tp", "etp", "ep", "tp_ep")}
@@ -153,6 +162,9 @@ class _Segment:
     category: str
     link: str | None
     op: Op
+    memory_s: FloatArray | None = None
+    """Time of its bytes in memory; None where nothing overlaps, or the host does it."""
+    by_sms: bool = False
 
 
 def _block_segments(
@@ -171,9 +183,14 @@ def _block_segments(
         else:
             group = None if alone else groups[name or ""]
             link = None if alone else pricer.link(name or "")
+            draws = not join and pricer.case.overlap != "none" and not isinstance(node.op, Pause)
+            memory_s = _three_axes(pricer.memory_s(node.op)) if draws else None
             segments.append(
-                _Segment(node.name, node.stream, node.micro, after, one, group, node.category, link, node.op)
-            )
+                _Segment(
+                    node.name, node.stream, node.micro, after, one, group, node.category, link, node.op,
+                    memory_s, pricer.copied_by_sms(node.op),
+                )
+            )  # fmt: skip
         holder[node.name] = len(segments) - 1
     return segments
 
@@ -208,6 +225,7 @@ class _Unroller:
         self.segments = segments
         self.point = point
         self.flows_of = flows_of
+        self.sharing = timed.sharing
         self.tasks: list[Task] = []
         self.chain: dict[int, int] = {}
 
@@ -215,7 +233,7 @@ class _Unroller:
         for block, repeat in order:
             self._add(self.step.blocks[block], self.segments[block], repeat)
         n_points = self.step.n_points if self.point is None else 1
-        return Program.trusted(self.step.n_ranks, tuple(self.tasks), n_points)
+        return Program.trusted(self.step.n_ranks, tuple(self.tasks), n_points, sharing=self.sharing)
 
     def _add(self, block: Block, segments: list[_Segment], repeat: int) -> None:
         tasks, chain = self.tasks, self.chain
@@ -232,12 +250,23 @@ class _Unroller:
                 duration_s = duration_s[self.point if len(duration_s) > 1 else 0]
             if self.flows_of is not None and isinstance(one.op, Exchange) and one.group is not None:
                 duration_s, flows = self.flows_of(one.op, block.layers[repeat], repeat, one.group)
+            draw = self._draw(one, repeat, duration_s) if self.sharing else None
+            name = prefix + one.name
             tasks.append(
-                Task(
-                    prefix + one.name, one.stream, duration_s, after, one.group, one.category, one.link, flows
-                )
+                Task(name, one.stream, duration_s, after, one.group, one.category, one.link, flows, draw)
             )
             chain[one.micro] = first + position
+
+    def _draw(self, one: _Segment, repeat: int, duration_s: FloatArray) -> Draw | None:
+        """What a task takes of its GPU: the share of its time in which its bytes alone would keep memory busy."""
+        if one.memory_s is None:
+            return None
+        memory_s = one.memory_s[:, repeat if one.memory_s.shape[1] > 1 else 0]
+        if self.point is not None:
+            memory_s = memory_s[self.point if len(memory_s) > 1 else 0]
+        shape = np.broadcast_shapes(np.shape(memory_s), np.shape(duration_s))
+        share = np.divide(memory_s, duration_s, out=np.zeros(shape), where=np.asarray(duration_s) > 0)
+        return Draw(np.minimum(share, 1.0), one.by_sms)
 
 
 def _group_name(op: Op) -> str | None:

@@ -23,8 +23,9 @@ from moesim.network.traffic import checked_bytes, checked_group, smooth_min
 from moesim.work.ops import FloatArray
 
 __all__ = [
-    "RING_CHUNK_BYTES", "all_gather_s", "all_reduce_families", "all_reduce_s", "all_to_all_s", "collective_levels", "custom_all_reduce_s",
-    "nccl_curve_s", "nccl_one_node_s", "reduce_scatter_s", "send_level", "send_recv_s", "wire_bytes",
+    "RING_CHUNK_BYTES", "all_gather_s", "all_reduce_families", "all_reduce_s", "all_to_all_s", "collective_levels",
+    "custom_all_reduce_s", "nccl_curve_s", "nccl_one_node_s", "reduce_scatter_s", "send_level", "send_recv_s",
+    "wire_bytes",
 ]  # fmt: skip
 
 NCCL_LINES = ("ll", "ll128", "simple")
@@ -90,8 +91,8 @@ def _line_s(name: str, wire: FloatArray, n_ranks: int, link_bytes_per_s: float, 
 def _empty_ring_s(payload: FloatArray, n_ranks: int, values: Values) -> FloatArray:
     """What an LL all-reduce saves where there are fewer chunks than ranks.
 
-    Each rank takes one chunk after another, two hops of the ring for every other rank. Where all are full a hop waits for the
-    chunk before; where the others are empty it is waited for, and costs the hop alone.
+    Each rank takes one chunk after another, two hops of the ring for every other rank. Where all are full a hop waits
+    for the chunk before; where the others are empty the rank waits for it, and it costs the hop alone.
     """
     step_s = values["ll_step_s"]
     saved_s = max(step_s - values.get("ll_lone_step_s", step_s), 0.0)
