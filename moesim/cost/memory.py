@@ -67,8 +67,8 @@ def _expert_bytes(op: ExpertFfn) -> FloatArray:
     rows = np.asarray(op.tokens_per_expert, dtype=np.float64)
     matrices = 3 if op.gated else 2
     weights = matrices * op.hidden * op.intermediate * weight_bytes_per_element(op.dtype)
-    # in and out of both products: the row, its two halves, the activation, the row again
-    per_row = _VALUE_BYTES * (2 * op.hidden + (matrices + 1) * op.intermediate)
+    # the row in and out; what is between the products is written and read on both sides of the activation
+    per_row = _VALUE_BYTES * (2 * op.hidden + 2 * matrices * op.intermediate)
     forward = np.count_nonzero(rows, axis=-1) * weights + rows.sum(axis=-1) * per_row
     return np.asarray(forward * (2.0 if op.passes == "backward" else 1.0))
 
