@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -67,7 +69,9 @@ def test_the_engine_and_the_recurrence_agree(drawn):
         shared_s = simulate(program, point).makespan_s
         assert shared_s >= alone.makespan_s * (1 - 1e-9)
         if not overlapping(program):
-            assert shared_s == pytest.approx(alone.makespan_s, rel=1e-9)
+            apart = replace(program, sharing=None)
+            assert simulate(apart, point).makespan_s == pytest.approx(alone.makespan_s, rel=1e-9)
+            assert program.sharing or shared_s == pytest.approx(alone.makespan_s, rel=1e-9)
 
 
 @given(drawn=cases)
