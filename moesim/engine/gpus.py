@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import simpy
 
-from moesim.engine.program import Sharing
+from moesim.engine.program import FloatArray, Sharing
 
-__all__ = ["SharedGpus", "Work", "paces"]
+__all__ = ["SharedGpus", "Work", "even_stretches", "paces"]
 
 
 class Work:
@@ -109,6 +110,35 @@ def paces(works: list[Work], sharing: Sharing) -> list[float]:
             stretch = sharing.exchange_stretch if work.by_sms else sharing.compute_stretch
         found.append((share / work.memory if share < work.memory else 1.0) / stretch)
     return found
+
+
+def even_stretches(
+    compute_s: FloatArray, exchange_s: FloatArray, sharing: Sharing
+) -> tuple[FloatArray, FloatArray]:
+    """What compute and exchanges take, over that alone, where halves take turns without end: for the recurrence.
+
+    Parameters
+    ----------
+    compute_s, exchange_s
+        What a rank computes, and exchanges by SMs, alone [s]; any one shape.
+    sharing
+        How they slow one another.
+
+    Notes
+    -----
+    The shorter of the two, stretched, is beside the other all the time; the longer for as long as that takes. Memory is
+    left out.
+    """
+    compute, exchange = sharing.compute_stretch, sharing.exchange_stretch
+    hidden = exchange_s * exchange <= compute_s + exchange_s * exchange * (1 - 1 / compute)
+    longer_s = np.where(
+        hidden,
+        compute_s + exchange * exchange_s * (1 - 1 / compute),
+        exchange_s + compute * compute_s * (1 - 1 / exchange),
+    )
+    alone_s = np.where(hidden, compute_s, exchange_s)
+    longer = np.divide(longer_s, alone_s, out=np.ones_like(longer_s), where=alone_s > 0)
+    return np.where(hidden, longer, compute), np.where(hidden, exchange, longer)
 
 
 def _memory_shares(needs: list[float]) -> list[float]:

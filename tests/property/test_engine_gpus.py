@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.engine import Draw, Flows, Network, Program, Sharing, Task, simulate
-from moesim.engine.gpus import Work, paces
+from moesim.engine.gpus import Work, even_stretches, paces
 from moesim.errors import EngineError
 
 few = settings(max_examples=40, deadline=None)
@@ -96,6 +96,22 @@ def test_memory_is_shared_max_min_fairly(needs: list[tuple[float, bool]]) -> Non
     if slowed:
         assert sum(given_) == pytest.approx(1.0)
         assert min(slowed) >= max(given_) * (1 - 1e-9)
+
+
+@few
+@given(compute_s=st.floats(0, 10), exchange_s=st.floats(0, 10), exchange=stretches, compute=stretches)
+def test_halves_that_take_turns_are_stretched_as_one_long_overlap(
+    compute_s: float, exchange_s: float, exchange: float, compute: float
+) -> None:
+    """Both end as one task of each that begin together do in the engine, the shorter stretched all the time."""
+    sharing = Sharing(exchange, compute)
+    found = even_stretches(np.array([compute_s]), np.array([exchange_s]), sharing)
+    tasks = (
+        Task("experts", "compute", np.array([compute_s]), draw=Draw(np.array(0.0))),
+        Task("dispatch", "comm", np.array([exchange_s]), draw=Draw(np.array(0.0), by_sms=True)),
+    )
+    ends_s = simulate(Program(1, tasks, sharing=sharing)).end_s.ravel()
+    assert [compute_s * found[0][0], exchange_s * found[1][0]] == pytest.approx(ends_s, rel=1e-9, abs=1e-12)
 
 
 def two(exchange: Draw, compute: Draw, sharing: Sharing, exchange_s: float = 3.0) -> tuple[float, float]:
