@@ -14,6 +14,7 @@ from moesim.cost.price import Pricer
 from moesim.engine.gpus import even_stretches
 from moesim.engine.program import Draw, Flows, Network, Program, Sharing, Task
 from moesim.engine.recurrence import makespan
+from moesim.hardware.profile import Family
 from moesim.work.ops import (
     AllGather,
     AllReduce,
@@ -150,6 +151,16 @@ class TimedStep:
                 )
             )
         return tuple(found)
+
+    @property
+    def beside(self) -> tuple[Family, ...]:
+        """Families of the profile that say how exchanges and compute slow one another here; none where they do not."""
+        profile = self.pricer.profile
+        if self.sharing is None or not any(map(any, self._by_sms)):
+            return ()
+        return tuple(
+            profile.family("beside", name) for name in ("exchange", "compute") if profile.has("beside", name)
+        )
 
     @property
     def _hidden(self) -> FloatArray:
