@@ -330,6 +330,7 @@ def test_the_page_shows_links_and_bytes(tmp_path: Path) -> None:
         {"network": "fat-tree"},
         {"cross_rail": "spine", "nodes_per_pod": 2, "pod_oversubscription": 2.0},
         {"gpus_per_nic": 2, "gpus_per_pcie_switch": 4},
+        {"gpus_per_pcie_switch": 2, "gpus_per_socket": 4},
     ],
 )
 def test_every_link_has_a_place(wiring: dict) -> None:
