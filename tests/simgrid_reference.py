@@ -1,4 +1,4 @@
-"""Flows of one case solved by SimGrid (``pip install simgrid``, 4.1; built from source against Boost).
+"""Flows of one case solved by SimGrid (4.1; ``pip install 'moesim[bench]'``, built from source: needs Boost's headers).
 
 Run as ``python tests/simgrid_reference.py CASE.npz OUT.npz`` in a process of its own, since SimGrid has one engine a
 process. Raw network model: no TCP window, latency or bandwidth corrections; latency is a delayed start.
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from importlib.util import find_spec
+from math import ceil, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -42,21 +43,25 @@ def _main(given: str, found: str) -> None:
     engine = simgrid.Engine(["case", *(f"--cfg={option}" for option in options), "--log=root.thres:error"])
     zone = engine.netzone_root.add_netzone_full("zone")
     wires = [zone.add_link(f"l{number}", float(rate)) for number, rate in enumerate(links)]
-    ends = []
-    for number, route in enumerate(routes):
-        pair = [zone.add_host(f"{end}{number}", 1e9) for end in "ab"]
+    # a pair of hosts is one flow; few hosts, since the routes of a zone are a table of all pairs
+    n_hosts = ceil(sqrt(len(routes)))
+    hosts = [[zone.add_host(f"{end}{number}", 1e9) for number in range(n_hosts)] for end in "ab"]
+    ends = [(hosts[0][number // n_hosts], hosts[1][number % n_hosts]) for number in range(len(routes))]
+    for pair, route in zip(ends, routes, strict=True):
         zone.add_route(*pair, [wires[link] for link in route if link >= 0])
-        ends.append(pair)
     zone.seal()
     finish_s = np.zeros(len(routes))
 
-    def transfer(number: int) -> None:
-        simgrid.this_actor.sleep_for(float(latency_s[number]))
-        simgrid.Comm.sendto(*ends[number], int(flow_bytes[number]))
-        finish_s[number] = simgrid.Engine.clock
+    def transfers(wait_s: float) -> None:
+        simgrid.this_actor.sleep_for(float(wait_s))
+        numbers = np.flatnonzero(latency_s == wait_s)
+        flows = [simgrid.Comm.sendto_async(*ends[number], int(flow_bytes[number])) for number in numbers]
+        for number, flow in zip(numbers, flows, strict=True):
+            flow.wait()
+            finish_s[number] = flow.finish_time
 
-    for number in range(len(routes)):
-        ends[number][0].add_actor(f"f{number}", transfer, number)
+    for wait_s in np.unique(latency_s):
+        hosts[0][0].add_actor(f"after {wait_s}", transfers, wait_s)
     started_s = time.process_time()
     engine.run()
     np.savez(found, finish_s=finish_s, cpu_s=time.process_time() - started_s)

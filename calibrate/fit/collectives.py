@@ -37,6 +37,8 @@ __all__ = [
 
 TABLES = ("collective", "all_reduce")
 LIBRARY = "nccl"
+LONE_HOP_S = 0.6e-6
+"""Hop of a ring over NVLink in the LL protocol: NCCL's own constant (hwLat in src/graph/tuning.cc, 2.19 to 2.28)."""
 SWITCH_RANKS = 8
 """Ranks from which NCCL sums in the switch."""
 COLLECTIVES = ("all_gather", "all_reduce", "all_to_all", "reduce_scatter")
@@ -119,8 +121,16 @@ def nccl_kernel(op: str, dtype: str, most_ranks: int = SWITCH_RANKS) -> Kernel:
     if op == "all_reduce":
         spec = {**spec, "ll_step_s": (1.7e-6, 1e-8, 6e-6, spec["ll_step_s"][3])}
         spec = spec if dtype == "int8" or most_ranks < SWITCH_RANKS else {**spec, **_SWITCH}
-    sms = {"n_sms": (16.0, "SMs taken: NCCL's channels on one host, assumed")}
-    return Kernel(op, LIBRARY, dtype, spec, sms if op == "all_to_all" else {})
+    given = {
+        "all_to_all": {"n_sms": (16.0, "SMs taken: NCCL's channels on one host, assumed")},
+        "all_reduce": {
+            "ll_lone_step_s": (
+                2 * LONE_HOP_S,
+                "LL protocol: cost of each further rank where one chunk goes round: two hops, by NCCL's constant [s]",
+            )
+        },
+    }
+    return Kernel(op, LIBRARY, dtype, spec, given.get(op, {}))
 
 
 def custom_kernel(implementation: str) -> Kernel:

@@ -34,6 +34,13 @@ def network(told: Mapping[str, Any]) -> None:
         f"{told['tokens_per_rank']:,.0f} tokens a rank; {told['routing']}. "
         "By ports: each rank's own ports alone; time: links shared.",
     ]
+    kept = [one for one in told["collectives"] if one["n_sms"]]
+    if kept:
+        longer = kept[0]["beside_compute_s"] / kept[0]["time_s"] if kept[0]["time_s"] else 1.0
+        said.append(
+            f"Beside compute: {longer:.2f} times as long; compute {kept[0]['compute_stretch']:.2f} times, "
+            f"on {kept[0]['n_sms']} SMs fewer."
+        )
     if "report" in told:
         said.append(f"Report: {told['report']}")
     show.tables(table, last="\n".join(said))

@@ -13,7 +13,9 @@ import numpy as np
 from moesim.hardware.gpu import Gpu, weight_bytes_per_element
 from moesim.work.ops import AttentionDecode, AttentionPrefill, FloatArray
 
-__all__ = ["Heads", "attention_decode_s", "attention_prefill_s", "decode_kernel_s", "prefill_kernel_s"]
+__all__ = [
+    "Heads", "attention_bytes", "attention_decode_s", "attention_prefill_s", "decode_kernel_s", "prefill_kernel_s",
+]  # fmt: skip
 
 _WARP_GROUP_ROWS = 64
 _NARROW_DIM = 96
@@ -123,6 +125,17 @@ def _heads_of(op: AttentionPrefill | AttentionDecode) -> Heads:
         op.n_heads, op.n_kv_heads, op.head_dim, op.v_head_dim, op.window,
         weight_bytes_per_element(op.kv_dtype), op.kind,
     )  # fmt: skip
+
+
+def attention_bytes(op: AttentionPrefill | AttentionDecode) -> FloatArray:
+    """[P, L, R] bytes of queries, outputs, and keys and values, each once; twice that of a backward pass."""
+    heads = _heads_of(op)
+    batch, n_context = (np.asarray(one, dtype=np.float64) for one in (op.batch, op.n_context))
+    n_query = np.asarray(op.n_query, dtype=np.float64) if isinstance(op, AttentionPrefill) else 1.0
+    keys = n_context if isinstance(op, AttentionPrefill) else heads.visible(n_context)
+    moved = batch * (n_query * heads.query_bytes + keys * heads.n_kv_heads * heads.key_bytes)
+    backward = isinstance(op, AttentionPrefill) and op.passes == "backward"
+    return np.asarray(moved * (2.0 if backward else 1.0))
 
 
 def attention_prefill_s(op: AttentionPrefill, *, gpu: Gpu, params: Mapping[str, float]) -> FloatArray:

@@ -13,7 +13,7 @@ import numpy as np
 from moesim.hardware.gpu import Gpu, weight_bytes_per_element
 from moesim.work.ops import DenseGemm, FloatArray
 
-__all__ = ["dense_gemm_s", "gemm_floor_s", "gemm_kernel_s", "launched_s"]
+__all__ = ["dense_gemm_s", "gemm_floor_s", "gemm_kernel_s", "launched_s", "product_bytes"]
 
 _TILES = ((64, 32), (64, 64), (64, 128), (128, 128), (128, 256))
 """Output tiles that libraries choose among on Hopper; the long side lies along either operand."""
@@ -107,6 +107,12 @@ def gemm_floor_s(
     read, written = _moved_bytes(m, n, k, dtype)
     floor = np.maximum(flops / gpu.peak_flops_per_s(dtype), (read + written) / gpu.hbm_bytes_per_s)
     return np.asarray(n_products * floor)
+
+
+def product_bytes(m: FloatArray, n: FloatArray | float, k: FloatArray | float, dtype: str) -> FloatArray:
+    """Bytes of the operands and of the result of one product, each once; arguments as `gemm_floor_s`."""
+    read, written = _moved_bytes(m, n, k, dtype)
+    return read + written
 
 
 def _moved_bytes(

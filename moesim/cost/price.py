@@ -13,6 +13,7 @@ from moesim.cost.backend import Backend
 from moesim.cost.elementwise import elementwise_s
 from moesim.cost.expert_ffn import ExpertFfnParameters, expert_ffn_s
 from moesim.cost.gemm import dense_gemm_s
+from moesim.cost.memory import moved_bytes
 from moesim.cost.router import router_s
 from moesim.errors import ProfileError
 from moesim.hardware.cluster import Cluster
@@ -39,6 +40,7 @@ from moesim.work.ops import (
     DenseGemm,
     Dispatch,
     Elementwise,
+    Exchange,
     ExpertFfn,
     FloatArray,
     Op,
@@ -100,6 +102,15 @@ class Pricer:
         left = gpu.n_sms - self.network.sms_taken(self._way(self.case.dispatch))
         rates = {unit: rate * left / gpu.n_sms for unit, rate in gpu.flops_per_s.items()}
         return gpu.model_copy(update={"n_sms": left, "flops_per_s": rates})
+
+    def copied_by_sms(self, op: Op) -> bool:
+        """Whether an operator is an exchange that keeps SMs from compute while it runs."""
+        return isinstance(op, Exchange) and (op.n_sms or self.network.sms_taken(self._way(op.kind))) > 0
+
+    def memory_s(self, op: Op) -> FloatArray:
+        """[P, L, R] time that an operator's bytes need at the rate of a long copy on its GPU's memory [s]."""
+        fraction = self.profile.family("elementwise", "fused").values()["hbm_fraction"]
+        return moved_bytes(op) / (fraction * self.cluster.gpu.hbm_bytes_per_s)
 
     def group(self, name: str) -> GroupShape:
         """Size and spread of a group: ``tp``, ``etp``, ``ep``, ``tp_ep``, ``dp``, ``edp`` or ``pp``."""

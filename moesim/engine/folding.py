@@ -36,7 +36,7 @@ def fold(program: Program, point: int) -> Folding:
     -------
     Folding
         The coarsest classes such that ranks of one class have the same duration in every task they
-        take part in, and meet the same *set* of classes in every collective.
+        take part in, need the same of their GPU's memory, and meet the same *set* of classes in every collective.
 
     Notes
     -----
@@ -60,10 +60,11 @@ def fold(program: Program, point: int) -> Folding:
             task,
             duration_s=program.duration_at_s(task, point)[one_of_each],
             group=None if task.group is None else folded_groups[task.group.tobytes()],
+            draw=task.draw and replace(task.draw, memory=program.memory_at(task, point)[one_of_each]),
         )
         for task in program.tasks
     )
-    return Folding(Program(one_of_each.size, tasks), class_of)
+    return Folding(Program(one_of_each.size, tasks, sharing=program.sharing), class_of)
 
 
 def _distinct_groups(tasks: Iterable[Task]) -> dict[bytes, IntArray]:
@@ -71,10 +72,15 @@ def _distinct_groups(tasks: Iterable[Task]) -> dict[bytes, IntArray]:
 
 
 def _same_columns(program: Program, point: int) -> IntArray:
-    """(n_ranks,) class by duration in every task; where a rank takes no part, no duration counts."""
-    columns = np.zeros((len(program.tasks) + 1, program.n_ranks))
+    """(n_ranks,) class by duration and memory in every task; where a rank takes no part, neither counts."""
+    drawn = [task for task in program.tasks if task.draw is not None] if program.sharing else []
+    columns = np.zeros((len(program.tasks) + len(drawn) + 1, program.n_ranks))
     for row, task in zip(columns, program.tasks, strict=False):
         row[:] = program.duration_at_s(task, point)
+        if task.group is not None:
+            row[task.group < 0] = -1.0
+    for row, task in zip(columns[len(program.tasks) :], drawn, strict=False):
+        row[:] = program.memory_at(task, point)
         if task.group is not None:
             row[task.group < 0] = -1.0
     return _number(column.tobytes() for column in columns.T)

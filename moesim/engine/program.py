@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import EngineError
 
-__all__ = ["STREAMS", "FloatArray", "Flows", "IntArray", "Network", "Program", "Task"]
+__all__ = ["STREAMS", "Draw", "FloatArray", "Flows", "IntArray", "Network", "Program", "Sharing", "Task"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -83,6 +83,31 @@ class Network:
 
 
 @dataclass(frozen=True, eq=False)
+class Draw:
+    """What a task takes of its GPU, so that tasks beside it on other streams slow it and are slowed."""
+
+    memory: FloatArray
+    """Share of the memory's rate that it needs alone, from 0 to 1; broadcastable to (n_points, n_ranks)."""
+    by_sms: bool = False
+    """Whether it is an exchange that SMs copy; others compute."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How an exchange that SMs copy and compute slow one another on one GPU, beyond the memory that they share."""
+
+    exchange_stretch: float = 1.0
+    """Time of the exchange beside compute, over that alone."""
+    compute_stretch: float = 1.0
+    """Time of compute beside the exchange, over that alone."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("exchange", self.exchange_stretch), ("compute", self.compute_stretch)):
+            if not 1.0 <= value < np.inf:
+                raise EngineError(f"{name} beside the other takes at least as long as alone", value=value)
+
+
+@dataclass(frozen=True, eq=False)
 class Task:
     """One operator on a set of ranks.
 
@@ -106,6 +131,8 @@ class Task:
     """Class of link that the task fills (``nvlink``, ``nic``, ``pcie``); None where it fills none."""
     flows: Flows | None = None
     """What its collectives move over the program's network: other flows on the same links make it longer."""
+    draw: Draw | None = None
+    """What it takes of its GPU; None = nothing that others miss."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,16 +146,21 @@ class Program:
     """Names of the ranks for the timeline; empty = numbered."""
     network: Network | None = None
     """Links of the flows of its tasks; a program with flows has one point."""
+    sharing: Sharing | None = None
+    """How tasks that overlap on one GPU slow one another; None = not at all."""
 
     @classmethod
     def trusted(
-        cls, n_ranks: int, tasks: tuple[Task, ...], n_points: int = 1, network: Network | None = None
-    ) -> Program:
+        cls, n_ranks: int, tasks: tuple[Task, ...], n_points: int = 1, network: Network | None = None,
+        sharing: Sharing | None = None,
+    ) -> Program:  # fmt: skip
         """Make a program without checking it: for tasks unrolled from a step, whose form holds by construction."""
         program = object.__new__(cls)
         object.__setattr__(program, "labels", ())
-        values = (("n_ranks", n_ranks), ("tasks", tasks), ("n_points", n_points), ("network", network))
-        for name, value in values:
+        values = {
+            "n_ranks": n_ranks, "tasks": tasks, "n_points": n_points, "network": network, "sharing": sharing,
+        }  # fmt: skip
+        for name, value in values.items():
             object.__setattr__(program, name, value)
         return program
 
@@ -158,6 +190,8 @@ class Program:
         for earlier in task.after:
             if not 0 <= earlier < position:
                 raise EngineError("a task waits only for earlier ones", value=task.after, place=task.name)
+        if task.draw is not None and not np.all((task.draw.memory >= 0) & (task.draw.memory <= 1)):
+            raise EngineError("a task needs from none to all of the memory's rate", place=task.name)
         # by hand: np.broadcast_to would cost more than the evaluation of the task
         shape = np.shape(task.duration_s)
         wanted = (self.n_points, self.n_ranks)[2 - len(shape) :] if len(shape) <= 2 else None
@@ -186,6 +220,15 @@ class Program:
         if duration_s.ndim == 2:
             duration_s = duration_s[point if len(duration_s) > 1 else 0]
         return np.broadcast_to(duration_s, (self.n_ranks,))
+
+    def memory_at(self, task: Task, point: int) -> FloatArray:
+        """(n_ranks,) share of the memory's rate that one of its tasks needs at one point; 0 without a draw."""
+        if task.draw is None:
+            return np.zeros(self.n_ranks)
+        memory = np.asarray(task.draw.memory, dtype=np.float64)
+        if memory.ndim == 2:
+            memory = memory[point if len(memory) > 1 else 0]
+        return np.broadcast_to(memory, (self.n_ranks,))
 
     def check_durations(self) -> None:
         """Raise an EngineError where a duration is negative, infinite or not a number.

@@ -10,6 +10,7 @@ import simpy
 
 from moesim.engine.fluid_links import FluidLinks
 from moesim.engine.folding import fold
+from moesim.engine.gpus import SharedGpus, Work
 from moesim.engine.links import Flow, SharedLinks
 from moesim.engine.program import STREAMS, FloatArray, Program
 from moesim.engine.timeline import Timeline
@@ -32,7 +33,8 @@ def simulate(program: Program, point: int = 0, *, contention: bool = True, foldi
         Which of its workload sizes.
     contention
         Tasks that overlap share links: those with `flows` max-min fairly over the program's network, others with
-        the same `link` equally on each rank; False = as if alone.
+        the same `link` equally on each rank; and where the program says how, tasks with a `draw` share their GPU.
+        False = as if alone.
     folding
         Ranks that are exact copies are simulated once; changes the time it takes, not the result. Without effect
         where tasks have flows.
@@ -101,6 +103,8 @@ class _Run:
         self.links = SharedLinks(self.env)
         net = program.network if contention else None
         self.fluid = FluidLinks(self.env, net.link_bytes_per_s, net.tolerance) if net else None
+        self.gpus = SharedGpus(self.env, program.sharing) if program.sharing and contention else None
+        self.memory = [program.memory_at(task, point).tolist() for task in program.tasks] if self.gpus else []
         self.contended = _links_of_several_streams(program) if contention else frozenset()
         self.meetings = self._meetings()
         for stream in STREAMS:
@@ -142,7 +146,7 @@ class _Run:
             self.ready.rows[position][rank] = self.env.now
             if meeting is None:
                 self.start.rows[position][rank] = self.env.now
-                yield self._work(position, rank)
+                yield from self._work(position, rank)
             else:
                 yield from self._meet(position, rank, meeting)
             self.end.rows[position][rank] = self.env.now
@@ -156,13 +160,28 @@ class _Run:
         ended = not math.isnan(self.end.rows[position][rank])
         return ended or (meetings is not None and meetings[rank] is None)
 
-    def _work(self, position: int, rank: int) -> simpy.Event:
-        """Event at the end of a task that one rank does by itself."""
-        duration_s = self.durations_s[position][rank]
-        link = self.tasks[position].link
+    def _enter(self, position: int, rank: int) -> Work | None:
+        """Begin a task on its GPU; None where it takes nothing that others miss."""
+        draw = self.tasks[position].draw
+        if draw is None or self.gpus is None:
+            return None
+        return self.gpus.enter(rank, self.memory[position][rank], draw.by_sms)
+
+    def _until(self, rank: int, work: Work | None, start_s: float, total_s: float) -> Steps:
+        """Wait until a task that began at `start_s` has done what takes `total_s` alone on its GPU."""
+        if work is not None and self.gpus is not None:
+            yield self.gpus.finish(rank, work, total_s)
+        else:
+            yield self.env.timeout(max(total_s - (self.env.now - start_s), 0.0))
+
+    def _work(self, position: int, rank: int) -> Steps:
+        """A task that one rank does by itself."""
+        duration_s, start_s = self.durations_s[position][rank], self.env.now
+        link, work = self.tasks[position].link, self._enter(position, rank)
         if link is not None and link in self.contended:
-            return self.links.start(link, [rank], [duration_s]).done[rank]
-        return self.env.timeout(duration_s)
+            yield self.links.start(link, [rank], [duration_s]).done[rank]
+            duration_s = self.env.now - start_s
+        yield from self._until(rank, work, start_s, duration_s)
 
     def _meet(self, position: int, rank: int, meeting: _Meeting) -> Steps:
         """Wait for the last member, then hold the stream for this rank's own time."""
@@ -178,18 +197,16 @@ class _Run:
                 works_s = [durations_s[one] for one in meeting.ranks]
                 meeting.flow = self.links.start(link, meeting.ranks, works_s)
             meeting.begins.succeed()
-        self.start.rows[position][rank] = self.env.now
+        start_s = self.start.rows[position][rank] = self.env.now
+        work, total_s = self._enter(position, rank), durations_s[rank]
         if flows is not None and meeting.arrived:
-            start_s = self.env.now
             yield meeting.arrived[rank]
-            finish_s = self.env.now - start_s
-            # what the task takes beside its bytes
-            rest_s = durations_s[rank] + flows.late_s(rank, finish_s) - finish_s
-            yield self.env.timeout(max(rest_s, 0.0))
-            if meeting.flow is not None:  # shared with tasks without flows too: the later end counts
-                yield meeting.flow.done[rank]
-        else:
-            yield self.env.timeout(durations_s[rank]) if meeting.flow is None else meeting.flow.done[rank]
+            # the rest is what the task takes beside its bytes
+            total_s += flows.late_s(rank, self.env.now - start_s)
+        if meeting.flow is not None:  # shared with tasks without flows too: the later end counts
+            yield meeting.flow.done[rank]
+            total_s = max(total_s, self.env.now - start_s)
+        yield from self._until(rank, work, start_s, total_s)
 
 
 def _links_of_several_streams(program: Program) -> frozenset[str]:

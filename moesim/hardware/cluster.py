@@ -22,6 +22,10 @@ class Fabric(BaseModel):
     """GPUs that share one NIC of as many times their network rate."""
     gpus_per_pcie_switch: PositiveInt | None = None
     """GPUs behind one PCIe switch with one uplink; none = each on a root port of its own."""
+    gpus_per_socket: PositiveInt | None = None
+    """GPUs whose PCIe lanes end at one CPU socket of a node; none = one socket has all."""
+    socket_oversubscription: PositiveFloat = 1.0
+    """PCIe bandwidth of a socket's GPUs over what leaves for the node's other sockets."""
     network: Literal["rail", "fat-tree"] = "rail"
     """NICs of equal position on a switch of their own, or all NICs of a node on one leaf."""
     cross_rail: Literal["pxn", "spine", "direct"] = "pxn"

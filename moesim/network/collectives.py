@@ -23,14 +23,17 @@ from moesim.network.traffic import checked_bytes, checked_group, smooth_min
 from moesim.work.ops import FloatArray
 
 __all__ = [
-    "all_gather_s", "all_reduce_families", "all_reduce_s", "all_to_all_s", "collective_levels", "custom_all_reduce_s",
-    "nccl_curve_s", "nccl_one_node_s", "reduce_scatter_s", "send_level", "send_recv_s", "wire_bytes",
+    "RING_CHUNK_BYTES", "all_gather_s", "all_reduce_families", "all_reduce_s", "all_to_all_s", "collective_levels",
+    "custom_all_reduce_s", "nccl_curve_s", "nccl_one_node_s", "reduce_scatter_s", "send_level", "send_recv_s",
+    "wire_bytes",
 ]  # fmt: skip
 
 NCCL_LINES = ("ll", "ll128", "simple")
 _SWITCHED = "nvls"
 _SHARPNESS = 8.0
 """Exponent of the smooth minimum over protocols."""
+RING_CHUNK_BYTES = 16
+"""Least bytes of a rank's share of an all-reduce: NCCL rounds it up to this (src/device/all_reduce.h, runRing)."""
 
 
 def wire_bytes(op: str, payload_bytes: ArrayLike, n_ranks: int) -> FloatArray:
@@ -67,6 +70,8 @@ def nccl_curve_s(
     """The same of 2 ranks and more, no bytes included, which cost a start."""
     wire = wire_bytes(op, payload, n_ranks)
     lines = [_line_s(name, wire, n_ranks, link_bytes_per_s, values) for name in NCCL_LINES]
+    if op == "all_reduce":
+        lines[0] = lines[0] - _empty_ring_s(payload, n_ranks, values)
     floor_s = wire / link_bytes_per_s
     if n_ranks >= values.get("nvls_min_ranks", np.inf):
         # The switch adds: each rank moves the buffer once, and its share (1/n) once more.
@@ -81,6 +86,18 @@ def _line_s(name: str, wire: FloatArray, n_ranks: int, link_bytes_per_s: float, 
     fraction = values[f"{name}_rate_fraction"] * (1 - values[f"{name}_rate_loss"] / n_ranks)
     paid = np.maximum(wire - values.get(f"{name}_free_bytes", 0.0), 0.0)
     return np.asarray(latency_s + paid / (fraction * link_bytes_per_s))
+
+
+def _empty_ring_s(payload: FloatArray, n_ranks: int, values: Values) -> FloatArray:
+    """What an LL all-reduce saves where there are fewer chunks than ranks.
+
+    Each rank takes one chunk after another, two hops of the ring for every other rank. Where all are full a hop waits
+    for the chunk before; where the others are empty the rank waits for it, and it costs the hop alone.
+    """
+    step_s = values["ll_step_s"]
+    saved_s = max(step_s - values.get("ll_lone_step_s", step_s), 0.0)
+    n_chunks = np.clip(np.ceil(payload / RING_CHUNK_BYTES), 1, n_ranks)
+    return np.asarray(saved_s * (n_ranks - n_chunks))
 
 
 def custom_all_reduce_s(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moesim.network.exchange import exchange_way
 from moesim.network.playing import Played
 from moesim.network.shared_links import CollectiveFluid, ExchangeFluid
 from moesim.network.topology import LINK_KINDS
@@ -46,6 +47,12 @@ class Explanation:
     """On the slowest rank: ``nvlink``, ``nic`` and ``sm`` at the same time, after ``latency`` and before ``after``."""
     doubled_s: Mapping[str, float]
     """By kind of link: the time if each of them had twice its rate [s]."""
+    n_sms: int
+    """SMs that the kernel keeps from compute while it runs."""
+    beside_s: float
+    """The same while compute runs on the same GPUs all the time, memory not short [s]."""
+    compute_stretch: float
+    """Time of that compute, over that alone on as many SMs as are left."""
 
     @property
     def gap(self) -> float:
@@ -108,9 +115,22 @@ def explain(fluid: ExchangeFluid | CollectiveFluid) -> Explanation:
     parts = _parts(fluid)
     doubled = {kind: fluid.with_links({kind: 2.0}).total_s for kind in by_kind}
     link = critical_link(fluid.played)
+    n_sms = _sms_taken(fluid)
+    stretches = (fluid.params.exchange_stretch, fluid.params.compute_stretch) if n_sms else (1.0, 1.0)
     return Explanation(
-        fluid.total_s, fluid.port_bound_s, _bound(parts, link, fluid), link, by_kind, parts, doubled
-    )
+        fluid.total_s, fluid.port_bound_s, _bound(parts, link, fluid), link, by_kind, parts, doubled,
+        n_sms, fluid.total_s * stretches[0], stretches[1],
+    )  # fmt: skip
+
+
+def _sms_taken(fluid: ExchangeFluid | CollectiveFluid) -> int:
+    if isinstance(fluid, CollectiveFluid):
+        return fluid.params.sms_taken("nccl")
+    way = exchange_way(
+        fluid.call.kind, cluster=fluid.topology.cluster, n_ranks=fluid.ranks.size,
+        ranks_per_node_in_group=min(fluid.ranks.size, fluid.topology.cluster.near_ranks),
+    )  # fmt: skip
+    return fluid.call.n_sms or fluid.params.sms_taken(way)
 
 
 def _parts(fluid: ExchangeFluid | CollectiveFluid) -> dict[str, float]:

@@ -315,7 +315,11 @@ class _NumpySolver:
 
 
 class _CompiledSolver:
-    """Only the rates that an event can change: `moesim.network._fluid_compiled`."""
+    """Only the rates that an event can change: `moesim.network._fluid_compiled`.
+
+    Flows that meet at the same crowded link lie side by side in it, since they are filled together; `_of` has where
+    each stood when they were loaded.
+    """
 
     def __init__(self, capacity: FloatArray) -> None:
         self._clock = np.zeros(2)
@@ -331,48 +335,64 @@ class _CompiledSolver:
         n_flows, n_links = transfers.begin_s.size, self._capacity.size
         on_links = np.bincount(transfers.routes[transfers.routes >= 0], minlength=n_links)
         n_places = int(on_links.sum())
+        share = np.append(self._capacity / np.maximum(on_links, 1), np.inf)
+        crowded = share[transfers.routes].argmin(axis=1)
+        self._of = np.argsort(transfers.routes[np.arange(n_flows), crowded], kind="stable")
+        routes = transfers.routes[self._of]
+        begin_s = transfers.begin_s[self._of]
         self._links = core.Links(
-            first=np.concatenate([[0], np.cumsum(on_links)]).astype(np.int32),
-            members=np.zeros(n_places, dtype=np.int32),
+            first=np.concatenate([[0], np.cumsum(on_links)]).astype(np.uint32),
+            members=np.zeros(n_places, dtype=np.uint32),
             hops=np.zeros(n_places, dtype=np.int8),
             capacity=self._capacity,
-            n_members=np.zeros(n_links, dtype=np.int32),
-            used=np.zeros(n_links),
-            n_unfixed=np.zeros(n_links, dtype=np.int32),
+            n_members=np.zeros(n_links, dtype=np.uint32),
+            load=np.zeros((n_links, 2)),
             key=np.zeros(n_links + 1),
-            item=np.zeros(n_links + 1, dtype=np.int32),
+            item=np.zeros(n_links + 1, dtype=np.uint32),
         )
         self._flows = core.Flows(
-            routes=np.ascontiguousarray(transfers.routes, dtype=np.int32),
-            place=np.zeros(transfers.routes.shape, dtype=np.int32),
-            begin_s=transfers.begin_s.copy(),
-            order=np.argsort(transfers.begin_s, kind="stable").astype(np.int32),
-            left_bytes=transfers.left_bytes.copy(),
-            since_s=transfers.begin_s.copy(),
-            rate=np.zeros(n_flows),
-            due_s=np.full(n_flows, np.inf),
+            routes=np.sort(np.where(routes < 0, n_links, routes).astype(np.uint32), axis=1),
+            place=np.zeros(routes.shape, dtype=np.uint32),
+            begin_s=begin_s,
+            order=np.argsort(begin_s, kind="stable").astype(np.uint32),
+            work=np.stack([transfers.left_bytes[self._of], np.full(n_flows, np.inf)], axis=1),
             state=np.full(n_flows, core.PENDING, dtype=np.int8),
             finish_s=np.full(n_flows, np.nan),
         )
         self._levels = core.Levels(
             share=np.zeros(n_links + 1),
-            first=np.zeros(n_links + 2, dtype=np.int32),
+            since_s=np.zeros(n_links + 1),
+            first=np.zeros(n_links + 2, dtype=np.uint32),
             earliest_s=np.full(n_links + 1, np.inf),
-            flows=np.zeros(n_flows, dtype=np.int32),
+            flows=np.zeros(n_flows + 1, dtype=np.uint32),
         )
-        self._counts = np.zeros(2, dtype=np.int32)
+        self._counts = np.zeros(2, dtype=np.int64)
         self._told = np.zeros(n_flows, dtype=bool)
+
+    def _now(self) -> tuple[FloatArray, FloatArray]:
+        """(n_flows,) rates, 0 where a flow is not in flight, and bytes left."""
+        flows, levels, n_levels = self._flows, self._levels, int(self._counts[1])
+        first = levels.first[: n_levels + 1].astype(np.int64)
+        held = levels.flows[: first[-1]]
+        flying = flows.state[held] == _compiled().FIXED
+        level = np.repeat(np.arange(n_levels), np.diff(first))[flying]
+        rates, left_bytes = np.zeros(flows.begin_s.size), flows.work[:, 0].copy()
+        rates[held[flying]] = levels.share[level]
+        left_bytes[held[flying]] -= levels.share[level] * (self.now_s - levels.since_s[level])
+        return rates, left_bytes
 
     def survivors(self) -> tuple[IntArray, _Transfers]:
         flows, core = self._flows, _compiled()
         kept = np.flatnonzero(flows.state != core.ENDED)
-        begun = flows.state[kept] != core.PENDING
-        moved = np.where(begun, flows.rate[kept] * (self.now_s - flows.since_s[kept]), 0.0)
-        begin_s = np.where(begun, self.now_s, flows.begin_s[kept])
-        return kept, _Transfers(flows.routes[kept].astype(np.int64), flows.left_bytes[kept] - moved, begin_s)
+        begin_s = np.where(flows.state[kept] == core.PENDING, flows.begin_s[kept], self.now_s)
+        routes = flows.routes[kept].astype(np.int64)
+        routes[routes == self._capacity.size] = -1
+        return self._of[kept], _Transfers(routes, self._now()[1][kept], begin_s)
 
     def rates(self) -> FloatArray:
-        return np.where(self._flows.state == _compiled().FIXED, self._flows.rate, 0.0)
+        rates = np.zeros(self._of.size)
+        rates[self._of] = self._now()[0]
+        return rates
 
     def next_s(self, quantum: float) -> float:
         flows, (n_begun, n_levels) = self._flows, self._counts
@@ -386,7 +406,7 @@ class _CompiledSolver:
         )
         ended = np.flatnonzero(~np.isnan(self._flows.finish_s) & ~self._told)
         self._told[ended] = True
-        return ended, self._flows.finish_s[ended], n_events
+        return self._of[ended], self._flows.finish_s[ended], n_events
 
 
 def _group_end_s(first_s: float, origin_s: float, quantum: float) -> float:

@@ -32,6 +32,10 @@ class NetworkParams:
     """By library: ``deepep-low-latency``, ``deepep-normal``, ``one-sided``."""
     combine: Mapping[str, Values]
     """The same, the way back."""
+    exchange_stretch: float = 1.0
+    """Time of an exchange that SMs copy while compute runs on the same GPU, over that alone."""
+    compute_stretch: float = 1.0
+    """Time of compute on the SMs that are left meanwhile, over that alone on as many."""
 
     @classmethod
     def from_profile(cls, profile: Profile) -> NetworkParams:
@@ -42,11 +46,17 @@ class NetworkParams:
         ProfileError
             If one is missing.
         """
+        stretch = {
+            name: profile.family("beside", name).values()["stretch"] if profile.has("beside", name) else 1.0
+            for name in ("exchange", "compute")
+        }
         return cls(
             nccl={op: profile.family(op, "nccl", "bfloat16").values() for op in _NCCL},
             custom={name: profile.family("all_reduce", name).values() for name in CUSTOM_ALL_REDUCE},
             dispatch={name: profile.family("ep_dispatch", name).values() for name in _EXCHANGES},
             combine={name: profile.family("ep_combine", name).values() for name in _EXCHANGES},
+            exchange_stretch=stretch["exchange"],
+            compute_stretch=stretch["compute"],
         )
 
     def sms_taken(self, kind: str) -> int:

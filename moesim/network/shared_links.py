@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moesim.errors import TrafficError
 from moesim.hardware.cluster import Cluster, Fabric
-from moesim.network.collectives import all_gather_s, all_reduce_s, reduce_scatter_s
+from moesim.network.collectives import RING_CHUNK_BYTES, all_gather_s, all_reduce_s, reduce_scatter_s
 from moesim.network.exchange import ExchangeTerms, exchange_terms, exchange_way
 from moesim.network.params import NetworkParams
 from moesim.network.playing import Played, play
@@ -363,9 +363,8 @@ def collective_fluid(
     price = partial(
         _PRICES[op], n_ranks=gpus.size, ranks_per_node_in_group=per_domain, cluster=bare, params=params
     )
-    whole_s, start_s = float(price(payload_bytes)), float(price(1.0))
-    if payload_bytes == 0 or gpus.size == 1:
-        start_s = whole_s
+    least_bytes = float(RING_CHUNK_BYTES * gpus.size)  # with less a ring is empty in part, and starts sooner
+    whole_s, start_s = float(price(payload_bytes)), float(price(min(payload_bytes, least_bytes)))
     flows = collective_transfers(
         op, payload_bytes, n_ranks=gpus.size, per_node=per_domain, algorithm=algorithm
     )

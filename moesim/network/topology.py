@@ -2,7 +2,7 @@
 
 Ranks are GPUs, numbered node by node. A link is one direction of a cable, a switch port or a bus; what a switch
 does not block is not a link. Names, for rank 3 of node 0: ``gpu3.nvlink.out``, ``gpu3.pcie.in``,
-``node0.nic3.out``, ``pod0.rail3.out``, ``pod0.in``.
+``node0.pcie0.out`` (a switch), ``node0.socket1.in``, ``node0.nic3.out``, ``pod0.rail3.out``, ``pod0.in``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ IntArray = NDArray[np.int64]
 NEAR_LATENCY_S = 1e-6
 """Assumed: one way over NVLink or PCIe inside a host, as in the reference cases of SimGrid [s]."""
 LINK_KINDS = ("nvlink", "pcie", "host", "nic", "rail", "pod")
-"""Scale-up port, GPU's bus, PCIe switch's uplink, NIC, uplink behind the NICs, uplink of a pod."""
-N_HOPS = 10
+"""Scale-up port, GPU's bus, uplink of a PCIe switch or CPU socket, NIC, uplink behind the NICs, uplink of a pod."""
+N_HOPS = 20
 """Most links that a route holds at once."""
 ABSENT = -2
 """Number of a link that the cluster does not have: the route is not one."""
@@ -107,7 +107,7 @@ class Topology:
                 break
             links, latency_s = way(source[open_], target[open_])
             leads = np.append(self.bytes_per_s > 0, True)[links].all(axis=1) & (links != ABSENT).all(axis=1)
-            found.links[open_[leads]] = links[leads]
+            found.links[open_[leads], : links.shape[1]] = links[leads]
             found.latency_s[open_[leads]] = latency_s[leads]
             open_ = open_[~leads]
         if open_.size:
@@ -130,7 +130,7 @@ class Topology:
 
 
 Way = tuple[IntArray, FloatArray]
-"""[n, N_HOPS] links and [n] latencies of one kind of route; `ABSENT` where the cluster has no such link."""
+"""[n, at most N_HOPS] links and [n] latencies of one kind of route; `ABSENT` where the cluster has no such link."""
 
 
 class _Wires:
@@ -159,6 +159,12 @@ class _Wires:
         host_rate = gpu.pcie_bytes_per_s if n_switches > 1 else 0
         self.host = [
             add("host", host_rate, f"node{{}}.pcie{{}}.{end}", cluster.nodes, n_switches) for end in ends
+        ]
+        n_sockets = -(-size // (self.fabric.gpus_per_socket or size))
+        lanes = (self.fabric.gpus_per_socket or size) * gpu.pcie_bytes_per_s
+        socket_rate = lanes / self.fabric.socket_oversubscription if n_sockets > 1 else 0
+        self.socket = [
+            add("host", socket_rate, f"node{{}}.socket{{}}.{end}", cluster.nodes, n_sockets) for end in ends
         ]
         self.nic = [add("nic", nic, f"node{{}}.nic{{}}.{end}", cluster.nodes, self.n_rails) for end in ends]
         blocks = cluster.uplink_oversubscription > 1 and self.fabric.network == "fat-tree"
@@ -207,18 +213,20 @@ class _Wires:
         return _way([np.where(together, hop, ABSENT) for hop in hops], NEAR_LATENCY_S)
 
     def _through_host(self, source: IntArray, target: IntArray) -> Way:
-        size, per_switch = self.cluster.gpus_per_node, self.fabric.gpus_per_pcie_switch
+        size = self.cluster.gpus_per_node
         together = source // size == target // size
         hops = [
             np.where(together, self.pcie[0][source], ABSENT),
             np.where(together, self.pcie[1][target], ABSENT),
         ]
-        if per_switch:
-            a, b = (rank % size // per_switch for rank in (source, target))
-            hops += [
-                np.where(a == b, -1, self.host[0][source // size, a]),
-                np.where(a == b, -1, self.host[1][target // size, b]),
-            ]
+        per_switch, per_socket = self.fabric.gpus_per_pcie_switch, self.fabric.gpus_per_socket
+        for each, (out, back) in ((per_switch, self.host), (per_socket, self.socket)):
+            if each:
+                a, b = (rank % size // each for rank in (source, target))
+                hops += [
+                    np.where(a == b, -1, out[source // size, a]),
+                    np.where(a == b, -1, back[target // size, b]),
+                ]
         return _way(hops, NEAR_LATENCY_S)
 
     def _on_the_rail_of_the_target(self, source: IntArray, target: IntArray) -> Way:
@@ -269,10 +277,7 @@ class _Wires:
 
 
 def _way(hops: Sequence[IntArray], latency_s: FloatArray | float) -> Way:
-    """Columns packed to the left into N_HOPS."""
+    """Columns packed to the left."""
     columns = np.stack(np.broadcast_arrays(*hops), axis=1)
-    packed = np.take_along_axis(columns, np.argsort(columns == -1, axis=1, kind="stable"), axis=1)
-    links = np.full((len(columns), N_HOPS), -1, dtype=np.int64)
-    width = min(N_HOPS, packed.shape[1])
-    links[:, :width] = packed[:, :width]
+    links = np.take_along_axis(columns, np.argsort(columns == -1, axis=1, kind="stable"), axis=1)
     return links, np.broadcast_to(np.asarray(latency_s, dtype=np.float64), len(columns))

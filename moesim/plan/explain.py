@@ -44,7 +44,8 @@ def explain(outcome: Outcome, point: int = 0) -> dict[str, Any]:
     -------
     dict
         ``passes``: for each step that the result is made of, ``terms``: name, how often it runs, seconds
-        (mean over ranks and the busiest rank's), share, inputs, formula, family. Of training, terms are of the
+        (mean over ranks and the busiest rank's, alone), share, inputs, formula, family; and ``beside``, the
+        families that say how terms that overlap slow one another. Of training, terms are of the
         whole step: all micro-batches of both passes, and in an entry ``step`` what comes on top, wait and bubble
         included; all of them add up to the step, and shares are of it. ``families``: parameters
         with errors, provenance and held-out error by name. ``memory``: items of the fullest rank.
@@ -69,7 +70,10 @@ def explain(outcome: Outcome, point: int = 0) -> dict[str, Any]:
         step_s = float(one.period_s[at])
         if outcome.pass_times is not None:
             step_s = _repeated(one, terms, float(outcome.pass_times[point]), at, float(outcome.step_s[point]))
-        passes.append({"name": name, "step_s": step_s, "terms": terms})
+        for family in one.timed.beside:
+            families.setdefault(_name(family), _family(family))
+        beside = [_name(family) for family in one.timed.beside]
+        passes.append({"name": name, "step_s": step_s, "terms": terms, "beside": beside})
     if outcome.step_terms:
         passes.append(_rest(outcome, point, families))
     first = next(iter(outcome.passes.values()))
@@ -131,6 +135,7 @@ def families_used(outcome: Outcome) -> list[dict[str, str]]:
             for node in block.nodes:
                 for family in one.timed.pricer.families(node.op):
                     found[_name(family)] = family
+        found |= {_name(family): family for family in one.timed.beside}
     for part in outcome.step_terms:
         found |= {_name(family): family for family in part.families}
     return [

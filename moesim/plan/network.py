@@ -307,6 +307,9 @@ def _row(told: Explanation) -> dict[str, Any]:
         "by_kind": {kind: _link(one) for kind, one in told.by_kind.items()},
         "parts_s": dict(told.parts_s),
         "doubled_s": dict(told.doubled_s),
+        "n_sms": told.n_sms,
+        "beside_compute_s": told.beside_s,
+        "compute_stretch": told.compute_stretch,
         "gain": {kind: told.gain(kind) for kind in told.doubled_s},
     }
 

@@ -118,9 +118,10 @@ class Pass:
         rows = self.traffic.tokens_per_slot.sum(axis=3)
         return np.asarray((rows.max(axis=2) / np.maximum(rows.mean(axis=2), 1e-12)).mean(axis=1))
 
-    def program(self, stage: int, *, fused: bool = False) -> Program:
+    def program(self, stage: int, *, fused: bool = False, stretched: bool = False) -> Program:
         """One micro-batch in one pipeline stage."""
-        return self.timed.program(_held(self.case, self.case.stages[stage]), fused=fused)
+        held = _held(self.case, self.case.stages[stage])
+        return self.timed.program(held, fused=fused, stretched=stretched)
 
     def linked_program(self, stage: int, point: int) -> Program:
         """The same at one size, token exchanges as flows on the GPUs that run the stage."""
@@ -146,7 +147,8 @@ class Pass:
         """Every stage's micro-batch, event by event with links shared, or by the recurrence."""
         stages = range(len(self.stage_s))
         if not events:
-            return tuple(evaluate(self.program(stage)).timeline(point) for stage in stages)
+            programs = (self.program(stage, stretched=True) for stage in stages)
+            return tuple(evaluate(program).timeline(point) for program in programs)
         if self.links == "ports":
             return tuple(simulate(self.program(stage), point) for stage in stages)
         return tuple(simulate(self.linked_program(stage, point)) for stage in stages)

@@ -23,12 +23,21 @@ __all__ = ["network_rows", "topology_figure", "write_network_report"]
 
 STEPS = 8
 """Shades of a link's colour; one line trace each."""
-LEVELS = {"core": -3.2, "spine": -2.4, "rail": -1.6, "nic": -0.8, "host": -0.35, "gpu": 0.0, "switch": 0.9}
+LEVELS = {
+    "core": -3.2,
+    "spine": -2.4,
+    "rail": -1.6,
+    "nic": -0.8,
+    "host": -0.35,
+    "socket": -0.55,
+    "gpu": 0.0,
+    "switch": 0.9,
+}
 """Height of each class of device."""
 LEAST_GAIN = 0.005
 """Gains below it are not told."""
 LINK = re.compile(
-    r"(?:node(\d+)|pod(\d+)|gpu(\d+))(?:\.(nvlink|pcie|nic|rail|leaf)(\d*))?\.(?:(in|out)|to(\d+))$"
+    r"(?:node(\d+)|pod(\d+)|gpu(\d+))(?:\.(nvlink|pcie|socket|nic|rail|leaf)(\d*))?\.(?:(in|out)|to(\d+))$"
 )
 Point = tuple[float, float]
 
@@ -40,6 +49,7 @@ class _Places:
         fabric = cluster.fabric
         self.cluster, self.size = cluster, cluster.gpus_per_node
         self.per_switch = fabric.gpus_per_pcie_switch or self.size
+        self.per_socket = fabric.gpus_per_socket or self.size
         self.shared = fabric.gpus_per_nic
         self.n_rails = -(-self.size // self.shared)
         self.pod = fabric.nodes_per_pod or cluster.nodes
@@ -63,9 +73,15 @@ class _Places:
         return (self.gpu(first)[0] + self.gpu(last)[0]) / 2, LEVELS["nic"]
 
     def pcie(self, node: int, switch: int) -> Point:
-        first = node * self.size + switch * self.per_switch
-        last = min(first + self.per_switch, (node + 1) * self.size) - 1
-        return (self.gpu(first)[0] + self.gpu(last)[0]) / 2, LEVELS["host"]
+        return self._above(node, switch, self.per_switch, "host")
+
+    def socket(self, node: int, socket: int) -> Point:
+        return self._above(node, socket, self.per_socket, "socket")
+
+    def _above(self, node: int, number: int, each: int, level: str) -> Point:
+        first = node * self.size + number * each
+        last = min(first + each, (node + 1) * self.size) - 1
+        return (self.gpu(first)[0] + self.gpu(last)[0]) / 2, LEVELS[level]
 
     def pod_middle(self, pod: int, level: str) -> Point:
         last = min((pod + 1) * self.pod, self.cluster.nodes) - 1
@@ -101,6 +117,8 @@ class _Places:
     def _of_node(self, node: int, kind: str, number: int) -> tuple[Point, Point]:
         if kind == "pcie":
             return self.pcie(node, number), self.node(node, "host")
+        if kind == "socket":
+            return self.socket(node, number), self.node(node, "socket")
         if kind == "leaf":
             return self.node(node, "rail"), self.pod_middle(node // self.pod, "spine")
         leaf = self.cluster.fabric.network == "fat-tree"

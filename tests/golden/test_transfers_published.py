@@ -30,7 +30,7 @@ def cases(shared_data: Path) -> dict[str, dict]:
         ("A03", 0.05, 0.12),
         ("A04", 0.02, 0.02),
         ("A05", 0.10, 0.15),
-        # 4 KiB is a stall of that run: 23.6 us between 17.1 (2 KiB) and 17.4 (8 KiB); 8 B is below any measured row
+        # 4 KiB is a stall of that run: 23.6 us between 17.1 (2 KiB) and 17.4 (8 KiB), 16.5 in place
         ("A26", 0.05, 0.32),
     ],
 )
@@ -39,8 +39,13 @@ def test_published_cases(cases: dict[str, dict], case: str, median: float, worst
     assert cases[case]["median"] <= median and cases[case]["worst"] <= worst
 
 
-def test_kernels_beside_compute_are_slower_than_predicted_alone(cases: dict[str, dict]) -> None:
-    assert -0.5 < cases["A12"]["bias"] < -0.2
+def test_kernels_beside_compute(shared_data: Path) -> None:
+    """The stretch is of the forward kernels; the backward ones are unseen."""
+    error = {fact.id: fact.error for fact in network_facts(shared_data) if fact.case == "A12"}
+    backward = [value for name, value in error.items() if name.endswith("of-grad")]
+    assert len(backward) == 2 and max(map(abs, backward)) < 0.08
+    # the library of that month was slower: its forward dispatch took 1.66 times what it took alone, combine 1.15
+    assert abs(error["DST-k-combine-fwd"]) < 0.12 and -0.3 < error["DST-k-dispatch-fwd"] < 0.0
 
 
 def test_the_comparison_prints(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

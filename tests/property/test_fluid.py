@@ -60,6 +60,26 @@ def test_rates_are_max_min_fair_at_every_instant_and_bytes_are_conserved(
 
 
 @few
+@given(seed=seeds, name=solvers, tolerance=st.sampled_from([1e-3, 3e-2, 0.3]))
+def test_rates_are_fair_after_every_group_and_arrivals_inside_one_get_theirs(
+    seed: int, name: str, tolerance: float
+) -> None:
+    case = random_case(seed)
+    rng = np.random.default_rng(seed)
+    begin_s = np.where(rng.random(len(case.routes)) < 0.5, 0.0, rng.uniform(0, 0.05, len(case.routes)))
+    with solver(name):
+        network = FluidNetwork(case.link_bytes_per_s, tolerance=tolerance)
+        flows = network.add(case.routes, case.flow_bytes, begin_s)
+        while network.next_s < np.inf:
+            network.advance(network.next_s)
+            rates = network.rates(flows)
+            certify(case, rates)
+            flying = (begin_s <= network.now_s) & np.isnan(network.finish_s(flows))
+            assert np.array_equal(rates > 0, flying)
+        assert np.isfinite(network.finish_s(flows)).all()
+
+
+@few
 @given(seed=seeds, n_flows=sizes)
 def test_static_rates_are_certified(seed: int, n_flows: int) -> None:
     case = random_case(seed, n_flows=n_flows)

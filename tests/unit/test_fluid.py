@@ -47,6 +47,14 @@ def test_nearly_tied_levels_lose_no_flow(either: None) -> None:
     assert finish_s == pytest.approx([2.0] * 3)
 
 
+def test_a_link_crossed_twice_is_shared_twice(either: None) -> None:
+    # the flow that crosses twice takes two of three shares
+    finish_s = solve_flows([3.0], [[0, 0], [0, -1]], [1.0, 1.0], [0.0, 0.0])
+    assert finish_s == pytest.approx([1.0, 1.0])
+    finish_s = solve_flows([3.0], [[0, 0]], [3.0], [0.0])
+    assert finish_s == pytest.approx([2.0])
+
+
 def test_a_remainder_too_small_for_the_clock_still_ends(either: None) -> None:
     network = FluidNetwork([1e9])
     flows = network.add([[0]], [1e-9], [1e6])  # 1e-18 s after 1e6 s is 1e6 s

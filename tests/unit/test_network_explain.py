@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from moesim.network.explain import critical_link, explain
 from moesim.network.playing import pair_bound_s, play
 from moesim.network.shared_links import ExchangeCall, collective_fluid, exchange_fluid
 from moesim.network.transfers import Transfers, all_to_all, uniform_traffic
+from moesim.plan import explain as terms_of
+from moesim.plan import price_one
+from moesim.plan.explain import families_used
 from moesim.plan.network import network_answer
 from moesim.report.topology_page import topology_figure, write_network_report
 from moesim.scenario import load_scenario
@@ -52,6 +56,40 @@ def test_nics_bound_an_exchange_between_nodes_and_nvlink_one_inside() -> None:
     assert far.margin > 1.5 and list(far.by_kind) == ["nic", "nvlink"]
     assert far.gain("nic") > 0.2 and abs(far.gain("nvlink")) < 0.05
     assert near.bound in ("nvlink", "sm") and near.gain("nvlink") > 0.05 and near.margin is None
+
+
+def test_what_compute_beside_it_costs_is_told_of_kernels_that_keep_sms() -> None:
+    normal, small = explain(fluid(DISPATCH, cluster(4))), explain(fluid(SMALL, cluster(4)))
+    assert normal.n_sms == 20
+    assert normal.beside_s == pytest.approx(PARAMS.exchange_stretch * normal.total_s)
+    assert normal.compute_stretch == PARAMS.compute_stretch > 1
+    assert (small.n_sms, small.beside_s, small.compute_stretch) == (0, small.total_s, 1.0)
+    asked = explain(fluid(replace(DISPATCH, n_sms=24), cluster(4)))
+    assert asked.n_sms == 24
+    summed = collective_fluid(
+        "all_reduce", 1e8, topology=Topology(cluster(1)), params=PARAMS, ranks=np.arange(8)
+    )
+    assert explain(summed).n_sms == PARAMS.sms_taken("nccl")
+
+
+def test_a_run_of_two_half_batches_explains_what_overlap_costs(tmp_path: Path) -> None:
+    path = tmp_path / "case.yaml"
+    path.write_text(
+        "model: olmoe-1b-7b\ncluster: {gpu: h200-sxm, nodes: 1, gpus_per_node: 8}\nlayout: {dp: 8, ep: 8}\n"
+        "workload: {kind: prefill, tokens_per_rank: 2048, prompt: 2048}\n"
+        "policy: {dispatch: normal, overlap: OVERLAP}\nbackend: sglang\n"
+    )
+    text = path.read_text()
+    found = {}
+    for overlap in ("none", "two-batch"):
+        path.write_text(text.replace("OVERLAP", overlap))
+        outcome = price_one(load_scenario(path).single())
+        found[overlap] = terms_of(outcome)
+        assert any("beside" in row["what"] for row in families_used(outcome)) is (overlap == "two-batch")
+    names = ["beside / exchange / any", "beside / compute / any"]
+    assert [one["beside"] for one in found["two-batch"]["passes"]] == [names]
+    assert [one["beside"] for one in found["none"]["passes"]] == [[]]
+    assert found["two-batch"]["families"][names[0]]["held_out"]["n"] == 2
 
 
 def test_few_tokens_are_bound_by_the_start() -> None:
@@ -292,6 +330,7 @@ def test_the_page_shows_links_and_bytes(tmp_path: Path) -> None:
         {"network": "fat-tree"},
         {"cross_rail": "spine", "nodes_per_pod": 2, "pod_oversubscription": 2.0},
         {"gpus_per_nic": 2, "gpus_per_pcie_switch": 4},
+        {"gpus_per_pcie_switch": 2, "gpus_per_socket": 4},
     ],
 )
 def test_every_link_has_a_place(wiring: dict) -> None:

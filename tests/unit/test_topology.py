@@ -90,6 +90,37 @@ def test_a_pcie_tree_shares_the_uplink_of_a_switch() -> None:
     assert finish_s == pytest.approx(np.full(4, 4e9 / rate))
 
 
+def test_cpu_sockets_share_what_joins_them() -> None:
+    wiring = {"gpus_per_pcie_switch": 2, "gpus_per_socket": 4, "socket_oversubscription": 4.0}
+    topology = Topology(cluster("pcie-l40s", nodes=1, **wiring))
+    assert route(topology, 0, 1) == ["gpu0.pcie.out", "gpu1.pcie.in"]
+    one_socket = ["gpu0.pcie.out", "gpu2.pcie.in", "node0.pcie0.out", "node0.pcie1.in"]
+    assert route(topology, 0, 2) == one_socket
+    crossing = ["gpu0.pcie.out", "gpu6.pcie.in", "node0.pcie0.out", "node0.pcie3.in"]
+    assert route(topology, 0, 6) == [*crossing, "node0.socket0.out", "node0.socket1.in"]
+    # four GPUs' lanes over four: one GPU's; two pairs from each of two switches share it
+    routes = topology.routes([0, 1, 2, 3], [4, 5, 6, 7])
+    finish_s = solve_flows(topology.bytes_per_s, routes.links, np.full(4, 1e9), np.zeros(4))
+    assert finish_s == pytest.approx(np.full(4, 4e9 / topology.cluster.gpu.pcie_bytes_per_s))
+
+
+def test_no_link_of_the_longest_route_is_lost() -> None:
+    """Around a dead NIC of a box without NVLink: over buses, switches and sockets at both ends, leaves and pods."""
+    wiring = {"gpus_per_pcie_switch": 2, "gpus_per_socket": 4, "network": "fat-tree", "nodes_per_pod": 1}
+    two = cluster(
+        "pcie-l40s", nodes=2, uplink_oversubscription=2.0, nic_bytes_per_s=25e9,
+        degraded={"node0.nic[4-7].*": 0.0, "node1.nic[4-7].*": 0.0, "node?.nic[123].*": 0.0}, **wiring,
+    )  # fmt: skip
+    found = route(Topology(two), 7, 15)
+    near = ["gpu7.pcie.out", "gpu0.pcie.in", "node0.pcie3.out", "node0.pcie0.in", "node0.socket1.out",
+            "node0.socket0.in"]  # fmt: skip
+    far = ["gpu8.pcie.out", "gpu15.pcie.in", "node1.pcie0.out", "node1.pcie3.in", "node1.socket0.out",
+           "node1.socket1.in"]  # fmt: skip
+    between = ["node0.nic0.out", "node1.nic0.in", "gpu0.pcie.out", "gpu8.pcie.in", "node0.leaf.out",
+               "node1.leaf.in", "pod0.out", "pod1.in"]  # fmt: skip
+    assert sorted(found) == sorted([*near, *between, *far])
+
+
 def test_a_large_nvlink_domain_needs_no_nic_inside_it() -> None:
     topology = Topology(load_cluster("nvl72", nodes=36))
     assert topology.cluster.scale_up_ranks == 72
