@@ -112,15 +112,13 @@ def tradeoff(keys: Sequence[str], points: Sequence[Mapping[str, Any]]) -> dict[s
 def _traded(
     keys: Sequence[str], points: Sequence[Mapping[str, Any]], numbers: Sequence[int], x: str, y: str
 ) -> dict[str, Any] | None:
-    """The trade-off of two figures along the key that moves the second most; None where no curve has a front."""
-    spreads = {key: _spread(_lines(key, points, numbers), points, y) for key in keys}
-    along = max(spreads, key=lambda key: spreads[key])
-    if spreads[along] <= 0:
-        return None
-    curves = [_curve(set_, line, points, x, y) for set_, line in _lines(along, points, numbers)]
-    if not any(len(curve["front"]) > 2 for curve in curves):
-        return None
-    return {"x": x, "y": y, "along": along, "definition": DEFINITION, "curves": curves}
+    """The trade-off of two figures along the key that moves the second most on a front; None where none has one."""
+    lines = {key: _lines(key, points, numbers) for key in keys}
+    for along in sorted(keys, key=lambda key: -_spread(lines[key], points, y)):
+        curves = [_curve(set_, line, points, x, y) for set_, line in lines[along]]
+        if any(len(curve["front"]) > 2 for curve in curves):
+            return {"x": x, "y": y, "along": along, "definition": DEFINITION, "curves": curves}
+    return None
 
 
 def _lines(
@@ -140,8 +138,9 @@ def _lines(
 
 
 def _spread(lines: Sequence[tuple[Any, list[int]]], points: Sequence[Mapping[str, Any]], y: str) -> float:
+    """How far `y` moves along a line, mean over the lines."""
     values = [[figure(points[number]["result"], y) or 0.0 for number in line] for _, line in lines]
-    return sum(max(line) - min(line) for line in values)
+    return sum(max(line) - min(line) for line in values) / max(len(values), 1)
 
 
 def _curve(
