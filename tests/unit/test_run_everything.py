@@ -38,7 +38,7 @@ def test_all_of_it_ends_within_eight_minutes(tmp_path: Path) -> None:
 def test_limits_in_the_documentation_are_those_of_the_steps(tmp_path: Path) -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "gpu.md").read_text()
     wanted = steps(tmp_path, device="cuda", budget_s=parse_budget(DEFAULT_BUDGET), base="h200-sxm")
-    told = [float(s) for s in re.findall(r"^\| .* \| (\d+) s \|", text, re.M)]
+    told = [float(s) for s in re.findall(r"^\| `.* \| (\d+) s \|", text, re.M)]
     assert told == [step.limit_s for step in wanted if step.limit_s]
     assert f"`calibrate run all --budget {DEFAULT_BUDGET}`" in text
 
