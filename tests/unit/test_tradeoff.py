@@ -77,12 +77,18 @@ def test_a_curve_for_each_policy() -> None:
 
 def test_a_policy_that_drops_nothing_does_not_hide_the_other_s_curve() -> None:
     shares = {1.0: 0.2, 1.25: 0.1, 1.5: 0.04, 1.75: 0.03, 2.0: 0.02}
-    dropped = {(factor, policy): share * (policy == "a") for factor, share in shares.items() for policy in "ab"}
+    dropped = {
+        (factor, policy): share * (policy == "a") for factor, share in shares.items() for policy in "ab"
+    }
     told = tradeoff(["factor", "policy"], points(dropped, {(f, p): f for f, p in dropped}))
     assert told is not None
     assert told["along"] == "factor"
     a, b = told["curves"]
-    assert (a["knee"], b["knee"], b["why_not"]) == (4, None, "fewer than three points trade one for the other")
+    assert (a["knee"], b["knee"], b["why_not"]) == (
+        4,
+        None,
+        "fewer than three points trade one for the other",
+    )
 
 
 def test_less_than_a_prediction_can_tell_is_no_knee() -> None:
