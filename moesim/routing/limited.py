@@ -160,14 +160,14 @@ def _assign(draw: Draw, policy: CapacityPolicy, n_tokens: int) -> _One:
     choosing = policy.router == "expert-choice"
     if choosing:
         growth = most / max(policy.rows_per_slot(drawn, n_ranks, n_slots, shape.top_k), 1)
-    wanted, rows = _rows(found, demand, most, growth, own, n_slots, choosing=choosing)
+    wanted, rows, rerouted = _rows(found, demand, most, growth, own, n_slots, choosing=choosing)
     computed = rows
     if policy.padding == "capacity":
         # MegaBlocks pads to the busiest expert where nothing limits it
         free = policy.convention == "megablocks" and most == n_tokens * n_ranks
         whole = rows.max(axis=1, keepdims=True) if free else float(most * own.n_rows // shape.n_layers)
         computed = np.broadcast_to(whole, rows.shape)
-    loss = _loss(found, weights, wanted, rows, computed, n_ranks, policy)
+    loss = _loss(found, weights, wanted, rows, computed, rerouted, n_ranks, policy)
     return _One(found, most, growth, computed, loss)
 
 
@@ -180,20 +180,25 @@ def _rows(
     n_slots: int,
     *,
     choosing: bool,
-) -> tuple[FloatArray, FloatArray]:
-    """Rows that slots were asked for, and those they take, at the size asked for: (n_layers, n_slots) each.
+) -> tuple[FloatArray, FloatArray, float]:
+    """Rows that slots were asked for, and those they take, at the size asked for; share of copies rerouted.
 
-    `demand` (n_rows, n_slots) is what rows ask of slots, where not all tokens were drawn.
+    (n_layers, n_slots) each. `demand` (n_rows, n_slots) is what rows ask of slots, where not all tokens were drawn.
+    Where a row's rerouted copies go is as in the draw; how many there are is what that row's demand leaves over,
+    as the draw's own spread is wider.
     """
     by_layer = RowShape(own.n_layers, own.n_ranks, own.n_tokens, per_source=False)
     wanted = by_layer.counts(found.asked, n_slots) if demand is None else _summed(demand, own.n_layers)
     if demand is None or choosing:
-        return wanted, by_layer.counts(found.slots, n_slots) * growth
+        return wanted, by_layer.counts(found.slots, n_slots) * growth, float(found.rerouted.mean())
     kept = np.minimum(demand, most)
+    over = (demand - kept).sum(axis=1, keepdims=True)
     if found.rerouted.any():
-        moved = np.where(found.rerouted, found.slots, np.uint16(n_slots))
-        kept = np.minimum(kept + own.counts(moved, n_slots) * growth, most)
-    return wanted, _summed(kept, own.n_layers)
+        moved = own.counts(np.where(found.rerouted, found.slots, np.uint16(n_slots)), n_slots) * growth
+        moved = moved * np.minimum(over / np.maximum(moved.sum(axis=1, keepdims=True), 1e-12), 1.0)
+        taken = np.minimum(kept + moved, most)
+        return wanted, _summed(taken, own.n_layers), float((taken - kept).sum() / demand.sum())
+    return wanted, _summed(kept, own.n_layers), 0.0
 
 
 def _summed(by_row: FloatArray, n_layers: int) -> FloatArray:
@@ -230,6 +235,7 @@ def _loss(
     wanted: FloatArray,
     rows: FloatArray,
     computed: FloatArray,
+    rerouted: float,
     n_ranks: int,
     policy: CapacityPolicy,
 ) -> CapacityLoss:
@@ -244,7 +250,7 @@ def _loss(
     figures = (
         max(dropped, 0.0),
         float((found.slots == n_slots).all(axis=0).mean()),
-        float(found.rerouted.mean()),
+        rerouted,
         1.0 - rows.sum() / computed.sum() if computed.any() else 0.0,
         float((by_rank.max(axis=-1) / by_rank.mean(axis=-1)).mean()),
     )

@@ -18,6 +18,7 @@ from moesim.routing import (
     apply_capacity,
     contiguous,
     count_batch,
+    default_routing,
     eplb,
     load_points,
     load_traffic,
@@ -347,3 +348,25 @@ def test_a_draw_too_large_to_sort_is_refused():
     ids = np.zeros((1, 1, 2**16 + 1, 1), dtype=np.uint16)
     with pytest.raises(LayoutError, match="at most 65536"):
         apply_capacity(ids, Placement(1, 1, np.array([[0]])), CapacityPolicy(1.0))
+
+
+@pytest.mark.parametrize("convention", ["megatron", "tutel", "megablocks"])
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_rerouting_beyond_the_size_drawn_makes_no_rows_of_nothing(convention, factor):
+    shape, n_tokens, ep = RoutingShape(2, 64, 8, 8, 4), 512, 16
+    load = load_points(
+        default_routing(),
+        shape,
+        tokens_per_rank=[n_tokens],
+        placement=contiguous(64, ep),
+        phase="prefill",
+        ranks_per_domain=8,
+        max_tokens=1024,
+        capacity=CapacityPolicy(factor, convention, "reroute"),
+    )
+    asked = n_tokens * ep * shape.top_k * shape.n_layers
+    rows, loss = float(load.tokens_per_slot.sum()), load.loss
+    assert loss is not None
+    assert rows <= asked * (1 + 1e-9)
+    assert rows >= 0.95 * asked
+    assert rows / asked == pytest.approx(1 - float(loss.dropped_fraction[0]), abs=1e-9)
