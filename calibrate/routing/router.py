@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moesim.errors import ModelError
+from moesim.routing import expert_capacity
 
 __all__ = [
     "Assignment",
@@ -110,8 +112,9 @@ def router_scores(logits: Tensor, scoring: str) -> Tensor:
 
 
 def capacity(n_tokens: int, top_k: int, n_experts: int, capacity_factor: float) -> int:
-    """Slots of one expert: ceil(capacity_factor * n_tokens * top_k / n_experts), at least 1 (Megatron)."""
-    return max(1, math.ceil(capacity_factor * n_tokens * top_k / n_experts))
+    """Slots of one expert: as the simulator counts them under `megatron`, at least 1."""
+    rows = expert_capacity(np.asarray(float(n_tokens)), n_experts, top_k, capacity_factor, "megatron")
+    return max(1, int(rows))
 
 
 def assign(scores: Tensor, bias: Tensor, top_k: int, router: RouterConfig) -> Assignment:

@@ -109,12 +109,17 @@ def _open_keys(file: ScenarioFile) -> Iterator[SweptKey]:
             yield SweptKey(dotted, tuple(texts), file.place(dotted))
 
 
+_WARNED_OF = {"cluster", "workload", "policy", "subject_to"}
+"""What warnings depend on beside a scenario's inputs."""
+
+
 def _with_inputs(
     variants: Iterable[ScenarioFile | MoesimError],
 ) -> tuple[list[ScenarioFile | MoesimError], dict[str, None]]:
     """Load what the scenarios name once each, with warnings; those whose model or routing is none become errors."""
     warnings: dict[str, None] = {}
-    seen: dict[str, MoesimError | None] = {}
+    seen: dict[str, Context | MoesimError] = {}
+    told: set[tuple[str, str]] = set()
     found: list[ScenarioFile | MoesimError] = []
     for one in variants:
         if isinstance(one, MoesimError):
@@ -123,11 +128,18 @@ def _with_inputs(
         key = inputs(one.scenario)
         if key not in seen:
             try:
-                warnings |= dict.fromkeys(warnings_of(one.scenario, Context.of(one.scenario)))
-                seen[key] = None
+                seen[key] = Context.of(one.scenario)
             except MoesimError as error:
                 seen[key] = one.placed(error)
-        found.append(seen[key] or one)
+        context = seen[key]
+        if isinstance(context, MoesimError):
+            found.append(context)
+            continue
+        asked = (key, one.scenario.model_dump_json(include=_WARNED_OF))
+        if asked not in told:
+            told.add(asked)
+            warnings |= dict.fromkeys(warnings_of(one.scenario, context))
+        found.append(one)
     return found, warnings
 
 

@@ -148,7 +148,8 @@ def _is_file(text: str) -> bool:
 def _code() -> str:
     """Modules and catalog, by size and time of change: another moesim may say something else."""
     root = Path(__file__).resolve().parents[1]
-    return _stamps(sorted([*root.rglob("*.py"), *root.rglob("*.yaml")]))
+    catalog = (one for one in (root / "catalog").rglob("*") if one.is_file() and one.suffix != ".pyc")
+    return _stamps(sorted({*root.rglob("*.py"), *catalog}))
 
 
 def _stamps(files: Sequence[Path]) -> str:

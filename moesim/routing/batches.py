@@ -209,7 +209,7 @@ def draw_weights(
     if not isinstance(source, RoutingTrace) or source.expert_weights is None:
         return None
     at = trace_positions(source, n_ranks, n_tokens, phase, rng)
-    weights = np.asarray(source.expert_weights[at.ravel()], dtype=np.float16)
+    weights = np.asarray(take_rows(source.expert_weights, at.ravel()), dtype=np.float16)
     layers = layer_map(source, shape.n_layers)
     planes = np.ascontiguousarray(weights.transpose(2, 1, 0)[:, layers])
     return np.moveaxis(planes.reshape(shape.top_k, shape.n_layers, n_ranks, n_tokens), 0, -1)

@@ -194,6 +194,17 @@ def test_a_stale_placement_is_worse_and_moving_costs_little(
     assert moving["transfer_s"] < moving["busiest_rank_bytes"] / 10e9
 
 
+def test_pipeline_stages_move_their_own_layers_at_once(traces: tuple[Path, Path]) -> None:
+    now, before = traces
+    kept = f"ep: 8, placement: eplb, redundant_experts: 8, placement_trace: {before}, rebalance_every: 7"
+    rows = [told(routing=str(now), layout=f"{{pp: {pp}, {kept}}}") for pp in (1, 2)]
+    one, two = (row["rebalance"] for row in rows)
+    assert 0.5 <= two["busiest_rank_bytes"] / one["busiest_rank_bytes"] < 0.7
+    assert two["transfer_s"] < 0.7 * one["transfer_s"]
+    assert two["moved_fraction"] == one["moved_fraction"]
+    assert two["busiest_rank_bytes"] <= rows[1]["memory_bytes"]["weights_experts"]
+
+
 def test_the_bytes_that_move_are_whole_experts(traces: tuple[Path, Path]) -> None:
     now, before = traces
     layout = f"{{placement: eplb, redundant_experts: 16, placement_trace: {before}, rebalance_every: 7}}"

@@ -114,6 +114,22 @@ def test_points_are_what_runs_are(asked: Path, sets: tuple[str, ...]) -> None:
     assert told["n_refused"] < told["n_points"] == len(told["points"])
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ("cluster.gpu=h200-sxm,b200", "never measured"),
+        ("workload.context=2000,2000000", "was trained for"),
+        ("policy.overflow=drop-position,drop-weight", "no router weights"),
+    ],
+)
+def test_every_point_s_warnings_are_told_whichever_comes_first(asked: Path, values: str, said: str) -> None:
+    key, _, both = values.partition("=")
+    backwards = f"{key}={','.join(reversed(both.split(',')))}"
+    for one in (values, backwards):
+        warnings = read_grid(asked, ["policy.capacity_factor=1.25", one]).warnings
+        assert any(said in line for line in warnings), one
+
+
 def test_with_the_engine_every_key_is_a_run_s(asked: Path) -> None:
     told = sweep(read_grid(asked, ["layout.ep=1,4", "policy.capacity_factor=1,none"]), engine=True)
     for point in told["points"]:
