@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +21,7 @@ from torch.nn import functional
 from calibrate.routing.corpus import Corpus
 from calibrate.routing.model import ModelConfig, MoeModel, config_from_dict
 from moesim.errors import ModelError, TraceError
+from moesim.routing.whole import whole_file
 
 __all__ = [
     "Evaluation",
@@ -287,13 +286,8 @@ def save_checkpoint(at: Trained, path: str | Path) -> Path:
         "done": str(at.done),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
+    with whole_file(target) as temporary:
         save_file(tensors, temporary, metadata=header)
-        Path(temporary).replace(target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return target
 
 

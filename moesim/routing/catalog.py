@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable
 from functools import lru_cache
 from importlib import resources
@@ -18,6 +16,7 @@ from moesim.errors import TraceError
 from moesim.routing.load_curves import LoadCurve
 from moesim.routing.synthetic import SyntheticRouting
 from moesim.routing.trace import RoutingTrace, read_trace
+from moesim.routing.whole import whole_file
 
 __all__ = ["catalog_names", "catalog_routing", "default_routing", "read_generator", "write_generator"]
 
@@ -196,14 +195,9 @@ def _row(values: Iterable[float]) -> CommentedSeq:
 def _write_yaml(body: dict[str, Any], target: Path) -> None:
     yaml = YAML()
     yaml.width = 110
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write("# Synthetic routing: figures fitted to data, not the data.\n")
-            yaml.dump(body, stream)
-        Path(temporary).replace(target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with whole_file(target) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        stream.write("# Synthetic routing: figures fitted to data, not the data.\n")
+        yaml.dump(body, stream)
 
 
 def default_routing(model: str | None = None) -> SyntheticRouting:

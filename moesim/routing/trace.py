@@ -9,6 +9,7 @@ Nothing in it is code, and nothing is ever unpickled.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -354,7 +355,8 @@ def _read_header(file: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]],
     tensors = {name: parsed[name] for name in _ARRAYS if name in parsed}
     if not isinstance(header, dict) or not {"expert_ids", "expert_counts"} & set(tensors):
         raise TraceError("holds neither expert_ids nor expert_counts", fix="use `moesim trace import`")
-    ends = [info.get("data_offsets", [0, 0])[-1] for info in parsed.values() if isinstance(info, dict)]
+    spans = [info.get("data_offsets") for info in parsed.values() if isinstance(info, dict)]
+    ends = [span[-1] for span in spans if isinstance(span, list) and span and isinstance(span[-1], int)]
     if 8 + length + max(ends, default=0) > size:
         missing = 8 + length + max(ends) - size
         raise TraceError(f"is truncated: {missing} bytes are missing", fix="copy or import it again")
@@ -366,10 +368,12 @@ def _mapped(file: Path, name: str, info: dict[str, Any], data_at: int) -> NDArra
         dtype = np.dtype(_DTYPES[info["dtype"]])
         shape = tuple(int(n) for n in info["shape"])
         begin, end = (int(n) for n in info["data_offsets"])
+        if min(shape, default=0) < 0:
+            raise ValueError("a side below 0")
     except (KeyError, TypeError, ValueError):
         rule = f"has dtype, shape and data_offsets, dtype one of {', '.join(_DTYPES)}"
         raise TraceError(rule, value=info, place=name) from None
-    n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    n_bytes = math.prod(shape) * dtype.itemsize
     if begin < 0 or end - begin != n_bytes:
         raise TraceError(f"spans {n_bytes} bytes by its shape", value=end - begin, place=name)
     if n_bytes == 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moesim.errors import TraceError
 from moesim.routing.trace import RoutingTrace, check_ids, check_weights, map_trace
+from moesim.routing.whole import whole_file
 
 __all__ = ["TraceHeader", "TraceWriter", "write_trace"]
 
@@ -165,17 +165,13 @@ class TraceWriter:
             layouts.append(("sequence_domains", (n_sequences,), np.dtype("|u1")))
         if not layouts:
             raise TraceError("holds at least one token", value=0, place="trace")
-        handle, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as out:
+        with whole_file(self._path) as temporary:
+            with temporary.open("wb") as out:
                 out.write(_header_bytes(header, layouts))
                 for name, _, dtype in layouts:
                     for part in self._parts(name, dtype):
                         out.write(part)
-            map_trace(Path(temporary))
-            Path(temporary).replace(self._path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+            map_trace(temporary)
         return self._path
 
     def _parts(self, name: str, dtype: np.dtype[Any]) -> Iterator[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 
 import numpy as np
@@ -273,3 +274,39 @@ def test_renaming_experts_keeps_the_loads_but_not_their_owners(trace):
     assert np.array_equal(np.sort(renamed.counts, axis=-1), np.sort(trace.counts, axis=-1))
     assert not np.array_equal(renamed.counts, trace.counts)
     renamed.check()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data_offsets", []),
+        ("data_offsets", ["a", "b"]),
+        ("data_offsets", None),
+        ("shape", [-4, -1, 2]),
+        ("shape", [2**32, 2**32, 2]),
+    ],
+)
+def test_headers_that_state_nonsense_are_refused(tmp_path, key, value):
+    ids = np.array([[[0, 1]], [[2, 3]]], dtype=np.uint8)
+    file = write_trace(RoutingTrace("m", 4, 2, (0,), expert_ids=ids), tmp_path / "a.safetensors")
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["expert_ids"][key] = value
+    if key == "shape":
+        header["expert_ids"]["data_offsets"] = [0, 0]
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    with pytest.raises(TraceError, match="expert_ids"):
+        read_trace(file)
+
+
+def test_a_written_trace_is_readable_as_the_umask_says(tmp_path):
+    ids = np.array([[[0, 1]]], dtype=np.uint8)
+    before = os.umask(0o022)
+    try:
+        file = write_trace(RoutingTrace("m", 4, 2, (0,), expert_ids=ids), tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o644
+    assert [one.name for one in tmp_path.iterdir()] == ["a.safetensors"]
