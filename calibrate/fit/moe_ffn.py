@@ -37,7 +37,7 @@ from moesim.hardware.gpu import Gpu, weight_bytes_per_element
 from moesim.hardware.profile import Profile
 from moesim.routing.catalog import catalog_names
 
-__all__ = ["NAMES", "RATES", "TABLES", "fit_table", "predict_table", "usable_rows"]
+__all__ = ["NAMES", "RATES", "TABLES", "fit_table", "parameters_of", "predict_table", "usable_rows"]
 
 TABLES = ("moe_ffn",)
 NAMES = {
@@ -185,9 +185,7 @@ def predict_table(rows: pd.DataFrame, *, gpu: Gpu, profile: Profile) -> Predicti
         return _reason_against(kernel) or kernel.key
 
     def price(part: pd.DataFrame, values: Values, key: Key) -> FloatArray:
-        missing = {field.name for field in fields(ExpertFfnParameters)} - set(values)
-        if missing:
-            raise KeyError(sorted(missing)[0])
+        parameters_of(values)
         time_s = np.full(len(part), np.nan)
         known = part.index.isin(usable_rows(part).index)
         if not known.any():
@@ -197,6 +195,14 @@ def predict_table(rows: pd.DataFrame, *, gpu: Gpu, profile: Profile) -> Predicti
         return time_s
 
     return predict_by_family(rows, ("implementation", "dtype"), locate, profile, price)
+
+
+def parameters_of(values: Values) -> ExpertFfnParameters:
+    """A family's parameters; KeyError, with the name, where a profile of before lacks one."""
+    missing = {field.name for field in fields(ExpertFfnParameters)} - set(values)
+    if missing:
+        raise KeyError(min(missing))
+    return ExpertFfnParameters.from_values(values)
 
 
 def usable_rows(rows: pd.DataFrame) -> pd.DataFrame:

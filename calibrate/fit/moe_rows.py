@@ -15,6 +15,8 @@ from calibrate.fit.moe_load import Timing, draws_of_row, timing_of
 from moesim.cost.expert_ffn import (
     ExpertFfnParameters,
     FfnCall,
+    FfnParts,
+    ffn_parts,
     ffn_time_s,
     tile_for,
     tiles_skipped,
@@ -139,14 +141,23 @@ class Priced:
     def predict(self, values: Mapping[str, float]) -> FloatArray:
         """[n] times [s] under `values`."""
         params = ExpertFfnParameters.from_values(values)
-        call = self.call
-        if self.library is None:
-            call = self._tiled(tile_for(call.rows, call.remote_pairs, call.n_slots, params))
+        call = self._called(params)
         time_s = ffn_time_s(call, gpu=self.gpu, params=params)
         if not self.rows.warm.all():
             cold_s = ffn_time_s(replace(call, warm=False), gpu=self.gpu, params=params)
             time_s = np.where(self.rows.warm, time_s, cold_s)
         return time_s
+
+    def parts(self, params: ExpertFfnParameters) -> FfnParts:
+        """[n] times [s] of each kernel alone, weights in memory."""
+        return ffn_parts(replace(self._called(params), warm=False), gpu=self.gpu, params=params)
+
+    def _called(self, params: ExpertFfnParameters) -> FfnCall:
+        """The rows with their tiles, which a family may choose by its own rule."""
+        if self.library is not None:
+            return self.call
+        call = self.call
+        return self._tiled(tile_for(call.rows, call.remote_pairs, call.n_slots, params))
 
 
 @lru_cache(maxsize=65536)

@@ -23,7 +23,8 @@ __all__ = ["FitModule", "fit_modules", "fit_tables", "predict_rows", "refitted",
 Note = Callable[[str], None]
 
 MODULES = (
-    "gemm", "moe_ffn", "attention", "collectives", "exchange", "elementwise", "router", "transfers", "measured_links",
+    "gemm", "moe_ffn", "moe_step", "attention", "collectives", "exchange", "elementwise", "router", "transfers",
+    "measured_links",
 )  # fmt: skip
 """Modules of `calibrate.fit` that read measured tables, in the order in which they fit: the router is priced with the
 dense product. A module that has ``serves(rows) -> mask`` takes those rows of its kinds from the others."""

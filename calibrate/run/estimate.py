@@ -149,7 +149,7 @@ def _refreshed_bytes(point: Point) -> float:
     if point.kind in ("moe_ffn", "moe_step", "router"):
         return 2.0 * float(at.n_tokens * at.hidden)
     if point.kind == "gemm":
-        return 4.0 * float(at.m * at.k)  # made, then copied
+        return 2.0 * float(at.m * at.k)
     if point.kind == "attention":
         return 2.0 * float(at.batch * at.n_query * at.n_heads * at.head_dim)
     return float(at.n_bytes) if point.kind == "memory" else 0.0

@@ -13,8 +13,8 @@ from moesim.hardware.gpu import Gpu, compute_dtype, weight_bytes_per_element
 from moesim.work.ops import ExpertFfn, FloatArray
 
 __all__ = [
-    "ExpertFfnParameters", "FfnCall", "expert_call", "expert_ffn_s", "ffn_time_s", "tile_for", "tile_rows_for",
-    "tiles_skipped",
+    "ExpertFfnParameters", "FfnCall", "FfnParts", "expert_call", "expert_ffn_s", "ffn_parts", "ffn_time_s", "tile_for",
+    "tile_rows_for", "tiles_skipped",
 ]  # fmt: skip
 
 _ACTIVATION_BYTES = 2.0
@@ -31,6 +31,8 @@ _LINE_BYTES = 128.0
 """A step whose rows of weight are shorter than a cache line does not draw the full memory rate."""
 _SUSTAINED_S = 0.01
 """Length of a product at which half of the clock's drop under load is there [s] (assumed)."""
+_KERNELS, _SORT_KERNELS = 6, 3
+"""Launches of a call, and those of sorting among them."""
 _WAYS_JOINED = 4.0
 """Norm that joins the matrix units' time in a tile with that of feeding them."""
 
@@ -259,32 +261,58 @@ def expert_call(op: ExpertFfn, *, gpu: Gpu, params: ExpertFfnParameters, impleme
 
 def ffn_time_s(call: FfnCall, *, gpu: Gpu, params: ExpertFfnParameters) -> FloatArray:
     """Time of calls already reduced; the fit gives it calls whose shapes differ by row."""
-    wide, narrow = call.hidden, call.intermediate
-    up = call.n_up * narrow
-    resident = _resident(call, gpu, params)
-    products_s = _product_s(call, up, wide, resident, gpu, params)
-    slowed = np.where(narrow % 16 > 0, params.unaligned_factor, 1.0) if call.library else 1.0
-    products_s = products_s + _product_s(call, wide, narrow, resident, gpu, params, slowed)
-    pairs = call.rows + call.remote_pairs
-    sorted_s = np.where(
-        tiles_skipped(call.library, pairs, call.remote_pairs, call.n_experts), 0.0, params.align_s
-    )
-    time_s = params.launch_s + params.ramp_s * np.log2(1.0 + pairs) + sorted_s * (pairs > 0)
+    parts = ffn_parts(call, gpu=gpu, params=params)
+    time_s = parts.permute_s + parts.up_s + parts.down_s + parts.combine_s
     time_s = time_s + params.score_s * call.routed * call.n_experts
-    time_s = time_s + products_s + _traffic_s(call, gpu, params)
-    time_s = np.maximum(time_s, _floor_s(call, (up + narrow) * wide, resident, gpu))
+    elements = (call.n_up + 1.0) * call.hidden * call.intermediate
+    time_s = np.maximum(time_s, _floor_s(call, elements, _resident(call, gpu, params), gpu))
     return _joined(6.0, time_s, np.asarray(params.host_s)) if params.host_s > 0 else np.asarray(time_s)
 
 
-def _traffic_s(call: FfnCall, gpu: Gpu, params: ExpertFfnParameters) -> FloatArray:
-    """Rows moved outside the products: gather, outputs, activation, combine, and the zeros of other ranks' pairs."""
+@dataclass(frozen=True, eq=False)
+class FfnParts:
+    """What each kernel of a call takes on its own; they add up to the call, above its roofline."""
+
+    permute_s: FloatArray
+    """Rows sorted by expert [s]."""
+    up_s: FloatArray
+    """Up and gate product with the activation [s]."""
+    down_s: FloatArray
+    """Down product [s]."""
+    combine_s: FloatArray
+    """Sum of each token's pairs [s]."""
+
+
+def ffn_parts(call: FfnCall, *, gpu: Gpu, params: ExpertFfnParameters) -> FfnParts:
+    """Split a call's time among its kernels.
+
+    Notes
+    -----
+    The launches of a call are `launch_s` together; sorting is taken to be half of them (three kernels of six). Rows
+    moved go to the kernel that reads or writes them.
+    """
     wide, narrow = call.hidden, call.intermediate
     up = call.n_up * narrow
-    moved = call.rows * (3 * wide + 2 * up + 2 * narrow) / params.local_traffic_fraction
-    moved = moved + call.remote_pairs * (2 * up + narrow) / params.remote_wide_fraction
-    moved = moved + call.remote_pairs * 2 * wide / params.remote_hidden_fraction
-    moved = moved + 2 * wide * call.entered / params.token_traffic_fraction
-    return np.asarray(_ACTIVATION_BYTES * moved / gpu.hbm_bytes_per_s)
+    resident = _resident(call, gpu, params)
+    slowed = np.where(narrow % 16 > 0, params.unaligned_factor, 1.0) if call.library else 1.0
+    pairs = call.rows + call.remote_pairs
+    skipped = tiles_skipped(call.library, pairs, call.remote_pairs, call.n_experts)
+    sorted_s = np.where(skipped, 0.0, params.align_s) * (pairs > 0) + params.ramp_s * np.log2(1.0 + pairs)
+    local, remote = call.rows / params.local_traffic_fraction, call.remote_pairs
+    returned = local + remote / params.remote_hidden_fraction
+    tokens = call.entered / params.token_traffic_fraction
+    moved_up = local * (wide + 2 * up + narrow) + tokens * wide
+    moved_up = moved_up + remote * (2 * up + narrow) / params.remote_wide_fraction
+    launch_s = params.launch_s / _KERNELS
+    value_s = _ACTIVATION_BYTES / gpu.hbm_bytes_per_s
+    return FfnParts(
+        permute_s=launch_s * _SORT_KERNELS + sorted_s,
+        up_s=launch_s + _product_s(call, up, wide, resident, gpu, params) + value_s * moved_up,
+        down_s=launch_s
+        + _product_s(call, wide, narrow, resident, gpu, params, slowed)
+        + value_s * (local * narrow + returned * wide),
+        combine_s=launch_s + value_s * (returned + tokens) * wide,
+    )
 
 
 def _resident(call: FfnCall, gpu: Gpu, params: ExpertFfnParameters) -> FloatArray | float:

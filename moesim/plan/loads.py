@@ -57,6 +57,10 @@ def scaled_traffic(traffic: Traffic, share: float) -> Traffic:
     return Traffic(*scaled)
 
 
+_KEPT_LOADS = 256
+"""Layouts, phases and capacities whose loads are kept: 0.5 MB each, of a large model on 64 ranks."""
+
+
 class TrafficMaker:
     """Draws what each rank of an expert group receives.
 
@@ -241,6 +245,8 @@ class TrafficMaker:
     ) -> dict[int, _Size]:
         """Loads by tokens per rank; sizes not met before are drawn together."""
         key = (layout.ep, layout.redundant_experts, layout.placement, min(domain, layout.ep), phase, capacity)
+        if key not in self._sizes and len(self._sizes) >= _KEPT_LOADS:
+            self._sizes.pop(next(iter(self._sizes)))  # a sweep over capacities would keep every one
         known = self._sizes.setdefault(key, {})
         missing = sorted(set(whole.tolist()) - set(known))
         if missing:

@@ -76,7 +76,7 @@ class Limited:
     """Of this one point: arrays are (1,)."""
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def limited(draw: Draw, policy: CapacityPolicy, n_tokens: int) -> Limited:
     """Load of one size.
 
