@@ -128,9 +128,9 @@ class Priced:
             tile, dtype, self.library, warm=True, routed=rows.routed,
         )  # fmt: skip
         if self.library is not None:
-            self.call = self._tiled(tile)
+            self.call = self.tiled(tile)
 
-    def _tiled(self, tile: Tile) -> FfnCall:
+    def tiled(self, tile: Tile) -> FfnCall:
         """Look the tiles of the draws up by their height."""
         call = self.call
         index = np.searchsorted(_HEIGHTS, np.clip(tile.rows, _HEIGHTS[0], _HEIGHTS[-1]))
@@ -157,7 +157,7 @@ class Priced:
         if self.library is not None:
             return self.call
         call = self.call
-        return self._tiled(tile_for(call.rows, call.remote_pairs, call.n_slots, params))
+        return self.tiled(tile_for(call.rows, call.remote_pairs, call.n_slots, params))
 
 
 @lru_cache(maxsize=65536)
