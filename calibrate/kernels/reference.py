@@ -18,6 +18,7 @@ __all__ = [
     "combine",
     "dequantise_blocks",
     "down",
+    "latent_decode",
     "logits",
     "moe_ffn",
     "moe_ffn_padded",
@@ -245,3 +246,9 @@ def _spread(scales: Tensor, values: Tensor, block: tuple[int, int]) -> Tensor:
     """One scale an element."""
     spread = scales.repeat_interleave(block[0], dim=-2).repeat_interleave(block[1], dim=-1)
     return spread[..., : values.shape[-2], : values.shape[-1]]
+
+
+def latent_decode(q: Tensor, cache: Tensor, *, scale: float, latent: int = 512) -> Tensor:
+    """Attention of one query a sequence on the cached latent: q [B, H, C + R], cache [B, S, C + R] -> [B, H, C]."""
+    scores = torch.einsum("bhw,bsw->bhs", q.double(), cache.double()) * scale
+    return torch.einsum("bhs,bsc->bhc", scores.softmax(dim=-1), cache[..., :latent].double()).to(q.dtype)

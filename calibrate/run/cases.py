@@ -15,7 +15,7 @@ __all__ = ["build_case", "sentinel"]
 
 _CASES = {
     "gemm": ("dense", "GemmCase"),
-    "attention": ("dense", "AttentionCase"),
+    "attention": ("dense", "attention_case"),
     "transfer": ("transfers", "TransferCase"),
     "memory": ("transfers", "MemoryCase"),
     "launch": ("transfers", "LaunchCase"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from calibrate.kernels.latent_parts import parts_for
 from calibrate.kernels.tiles import choose_pair
 from calibrate.run.design import Candidate
 from calibrate.run.points import Point
@@ -77,6 +78,8 @@ def kernels_of(point: Point, gpu: Gpu) -> frozenset[Kernel]:
 def _experts(point: Point, gpu: Gpu) -> set[Kernel]:
     if point.kind == "router":
         return _router(point)
+    if point.kind == "attention":
+        return _latent(point, gpu)
     hidden, inner, rows, n_local = _sizes(point)
     dtype = str(point.columns["dtype"])
     fp8 = dtype == "fp8_block"
@@ -120,6 +123,15 @@ def _router(point: Point) -> set[Kernel]:
         ("logits", *tile),
         ("select", at["n_experts"], at["top_k"], at["scoring"], _class(float(at["n_tokens"]))),
     }
+
+
+def _latent(point: Point, gpu: Gpu) -> set[Kernel]:
+    """Attention by its heads, and the sum of its parts by how many there are."""
+    batch, heads, context = (int(point.columns[name]) for name in ("batch", "n_heads", "n_context"))
+    cut = parts_for(batch, heads, context, gpu.n_sms)
+    whole = cut.n_parts == 1
+    found: set[Kernel] = {("latent", cut.block_h, whole, heads % 16 == 0)}
+    return found if whole else found | {("join", 1 << (cut.n_parts - 1).bit_length())}
 
 
 def _sizes(point: Point) -> tuple[int, int, float, int]:

@@ -1,4 +1,4 @@
-"""Dense products and attention as torch runs them."""
+"""Dense products and attention as torch runs them, and our attention on a latent cache."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 
 from calibrate.run.device import Device
 from calibrate.run.points import Point
-from calibrate.run.protocol import Cache, check_close, n_sets_for
+from calibrate.run.protocol import Cache, Case, check_close, n_sets_for
 
-__all__ = ["AttentionCase", "GemmCase"]
+__all__ = ["AttentionCase", "GemmCase", "LatentCase", "attention_case"]
 
 _CHECKED_ROWS = 64
+_LATENT, _ROTARY, _HEAD = 512, 64, 128
+"""DeepSeek-V3: rank and rotary part of the cache, width of a head (report, section 4.2)."""
 _BF16_TOLERANCE = 0.02
 _FP8_TOLERANCE = 0.03
 """Against the product of the rounded operands, so the operands' own rounding is not in it."""
@@ -121,3 +123,54 @@ class AttentionCase:
         return self._torch.nn.functional.scaled_dot_product_attention(
             self._q[index], self._k[index], self._v[index], is_causal=self._causal, enable_gqa=self._group > 1
         )  # fmt: skip
+
+
+class LatentCase:
+    """Our kernel on a cached latent: one query a sequence, all heads on the same keys."""
+
+    n_units = 1
+    repeats = True
+    capturable = True
+    caches: tuple[Cache, ...] = ("cold", "warm")
+
+    def __init__(self, point: Point, device: Device) -> None:
+        import torch
+
+        from calibrate.kernels.latent import latent_decode
+        from calibrate.kernels.latent_parts import parts_for
+
+        batch, n_context, n_heads = (int(point.columns[name]) for name in ("batch", "n_context", "n_heads"))
+        width = _LATENT + _ROTARY
+        cut = parts_for(batch, n_heads, n_context, device.n_sms)
+        self.n_kernels = 1 if cut.n_parts == 1 else 2
+        sums_bytes = 4 * batch * n_heads * cut.n_parts * (_LATENT + 1)
+        self.n_sets = n_sets_for(2 * batch * (n_heads + n_context) * width, device, shared_bytes=sums_bytes)
+        dtype = torch.float16 if point.columns["dtype"] == "float16" else torch.bfloat16
+        where: dict[str, Any] = {"device": device.torch_name, "dtype": dtype}
+        self._how = {"scale": (_HEAD + _ROTARY) ** -0.5, "latent": _LATENT}
+        self._n_sms, self._decode = device.n_sms, latent_decode
+        self._q = [torch.randn(batch, n_heads, width, **where) for _ in range(self.n_sets)]
+        self._cache = [torch.randn(batch, n_context, width, **where) for _ in range(self.n_sets)]
+        self._out = torch.empty(batch, n_heads, _LATENT, **where)
+
+    def refresh(self, index: int, sample: int) -> None:
+        """New queries; the cache stays, another set each call."""
+        self._q[index].normal_()
+
+    def call(self, index: int) -> None:
+        """One kernel, or two where it cuts the keys."""
+        self._decode(self._q[index], self._cache[index], n_sms=self._n_sms, out=self._out, **self._how)
+
+    def check(self) -> None:
+        """The last sequence against the reference."""
+        from calibrate.kernels import reference
+
+        self._out.fill_(math.nan)
+        self.call(0)
+        expected = reference.latent_decode(self._q[0][-1:], self._cache[0][-1:], **self._how)
+        check_close(self._out[-1:], expected, tolerance=_BF16_TOLERANCE)
+
+
+def attention_case(point: Point, device: Device) -> Case:
+    """Make the attention that a point asks for."""
+    return (LatentCase if point.columns["kind"] == "mla" else AttentionCase)(point, device)

@@ -27,6 +27,8 @@ _STAND_INS = {
     "torch:sdpa": "vllm:vllm_flash_attn_fa3",
 }
 """A kernel of the base profile that does the same work as one of ours."""
+_LATENT_STAND_IN = "sglang:flash_attention"
+"""The same of our attention on a latent, whose implementation has the name of our experts'."""
 _STEP = 1.02
 """Factor on a parameter for its sensitivity."""
 _REACH = 0.5
@@ -87,7 +89,8 @@ def _predictor(points: Sequence[Point], gpu: Gpu) -> Predict | None:
     kind = points[0].kind
     rows = [{**point.columns, "device": gpu.name, "software": "", "latency_s": 1.0} for point in points]
     frame = pd.DataFrame(rows)
-    frame["implementation"] = frame["implementation"].map(lambda name: _STAND_INS.get(name, name))
+    own = _STAND_INS | ({"moesim-triton": _LATENT_STAND_IN} if kind == "attention" else {})
+    frame["implementation"] = frame["implementation"].map(lambda name: own.get(name, name))
 
     def predict(profile: Profile) -> FloatArray:
         return np.asarray(predict_rows(frame, kind, gpu=gpu, profile=profile).time_s, dtype=np.float64)
@@ -183,7 +186,8 @@ def _gemm_work(at: _Sizes) -> tuple[float, float]:
 
 def _attention_work(at: _Sizes) -> tuple[float, float]:
     pairs = at.batch * at.n_query * at.n_context * (0.5 if at.n_query > 1 else 1.0)
-    cache_bytes = 4.0 * at.batch * at.n_context * at.n_kv_heads * at.head_dim
+    # keys and values; a latent is both at once
+    cache_bytes = (2.0 if at.kind == "mla" else 4.0) * at.batch * at.n_context * at.n_kv_heads * at.head_dim
     return (
         4.0 * pairs * at.n_heads * at.head_dim,
         cache_bytes + 4.0 * at.batch * at.n_query * at.n_heads * at.head_dim,

@@ -37,6 +37,8 @@ _CUTS = ((1, 1), (1, 4), (1, 8), (4, 1), (8, 1), (32, 1))
 """(ep, tp) of one layer's experts."""
 _LARGEST_WEIGHTS_BYTES = 30e9
 _LARGEST_CACHE_BYTES = 8e9
+_LATENT_WIDTH = 576
+"""DeepSeek-V3's cached latent (512) with its rotary part (64), report, section 4.2."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,6 +245,26 @@ def _decode_grid(scope: Scope) -> Iterator[dict[str, Value]]:
             yield _attention(heads, batch, 1, context)
 
 
+def _latent_grid(scope: Scope) -> Iterator[dict[str, Value]]:
+    """Decode on a latent cache: DeepSeek-V3's, whose heads are cut over 1 to 16 ranks."""
+    for heads, batch, context in itertools.product(
+        _latent_heads(), (1, 8, 32, 128, 256), (512, 2048, 8192, 32768, 131072)
+    ):
+        if 2.0 * batch * context * _LATENT_WIDTH <= min(_LARGEST_CACHE_BYTES, 0.2 * scope.memory_bytes):
+            yield _attention((heads, 1, _LATENT_WIDTH), batch, 1, context)
+
+
+def _latent_heads() -> list[int]:
+    """Heads of one rank of the catalog's models with this latent."""
+    specs = (layer.attention for model in _models() for layer in model.kinds)
+    whole = {
+        spec.n_heads
+        for spec in specs
+        if spec.kind == "mla" and spec.kv_lora_rank + spec.qk_rope_head_dim == _LATENT_WIDTH
+    }
+    return sorted({heads // tp for heads in whole for tp in (1, 2, 4, 8, 16) if heads % tp == 0})
+
+
 def _attention(heads: tuple[int, int, int], batch: int, n_query: int, n_context: int) -> dict[str, Value]:
     n_heads, n_kv_heads, head_dim = heads
     return {
@@ -280,6 +302,7 @@ def _fixed(op: str, implementation: str, dtype: str, **more: Value) -> dict[str,
 
 
 _SDPA = {"kind": "gqa", "kv_dtype": "bfloat16"}
+_LATENT = {"kind": "mla", "kv_dtype": "bfloat16"}
 
 FAMILIES: tuple[Plan, ...] = (
     Plan("moe_ffn bfloat16", "kernels", "moe_ffn", 150, 0.24,
@@ -290,13 +313,13 @@ FAMILIES: tuple[Plan, ...] = (
          _fixed("moe_ffn", "moesim-padded", "bfloat16"), _padded_grid),
     Plan("moe_ffn naive", "kernels", "moe_ffn", 15, 0.03,
          _fixed("moe_ffn", "moesim-naive", "bfloat16"), _naive_grid, on_cpu=True),
-    Plan("moe_permute", "kernels", "moe_step", 30, 0.04,
+    Plan("moe_permute", "kernels", "moe_step", 25, 0.03,
          _fixed("moe_permute", "moesim-triton", "bfloat16"), _step_grid),
-    Plan("moe_up", "kernels", "moe_step", 35, 0.06,
+    Plan("moe_up", "kernels", "moe_step", 30, 0.04,
          _fixed("moe_up", "moesim-triton", "bfloat16"), _step_grid),
-    Plan("moe_down", "kernels", "moe_step", 35, 0.06,
+    Plan("moe_down", "kernels", "moe_step", 30, 0.04,
          _fixed("moe_down", "moesim-triton", "bfloat16"), _step_grid),
-    Plan("moe_combine", "kernels", "moe_step", 20, 0.03,
+    Plan("moe_combine", "kernels", "moe_step", 15, 0.02,
          _fixed("moe_combine", "moesim-triton", "bfloat16"), _step_grid),
     Plan("router", "kernels", "router", 40, 0.05,
          _fixed("router", "moesim-triton", "bfloat16"), _router_grid),
@@ -308,6 +331,8 @@ FAMILIES: tuple[Plan, ...] = (
          _fixed("attention_prefill", "torch:sdpa", "bfloat16", **_SDPA), _prefill_grid, on_cpu=True),
     Plan("attention decode", "kernels", "attention", 25, 0.05,
          _fixed("attention_decode", "torch:sdpa", "bfloat16", **_SDPA), _decode_grid, on_cpu=True),
+    Plan("attention latent", "kernels", "attention", 20, 0.06,
+         _fixed("attention_decode", "moesim-triton", "bfloat16", **_LATENT), _latent_grid),
     Plan("transfers", "transfers", "transfer", 48, 0.08,
          {"implementation": "torch:copy", "dtype": "any"}, _transfer_grid),
     Plan("memory", "transfers", "memory", 16, 0.03,

@@ -47,7 +47,9 @@ class Backend:
     host: str = ""
     """Family of the host's share of a step; the engine's name where left out."""
     attention: str = "gqa-fa3"
-    """Attention with keys and values of their own; latent attention is FlashAttention 3's everywhere."""
+    """Attention with keys and values of their own, where prompts of latent attention are not FlashAttention 3's."""
+    latent: str = "mla-fa3"
+    """Decode attention on a cached latent."""
     stand_in: Backend | None = None
     """Whose kernels take the place of those that a profile lacks; None where all are to be there."""
 
@@ -94,7 +96,7 @@ class Backend:
             return op, "gqa-fa3" if kind == "mla" else self.attention, dtype
         # the measured fp8 MLA kernel widens its whole cache first; engines' kernels do not
         if kind == "mla":
-            return op, "mla-fa3", "bfloat16"
+            return op, self.latent, "bfloat16"
         return op, self.attention, self.decode_attention or dtype
 
     def family(self, profile: Profile, op: str, dtype: str, kind: str = "") -> Family:
@@ -129,7 +131,8 @@ class Backend:
         for op, dtype, kind in asked:
             key = self.key(op, dtype, kind)
             own = {key[1], *(name for _, name in self.gemm)} if op == "gemm" else {key[1]}
-            if not any(one.op == op and one.implementation in own for one in profile.families):
+            known = any(one.op == op and one.implementation in own for one in profile.families)
+            if not known and kind != "mla":  # which profiles of before do not have
                 raise ProfileError(
                     f"no {op} by {key[1]} in {key[2]} is in the profile of {profile.device}: "
                     "it was not measured on that GPU",
@@ -190,6 +193,7 @@ BACKENDS["moesim"] = Backend(
     gemm=(("bfloat16", "torch-cublas"), ("fp8", "torch:scaled_mm"), ("fp8_block", "torch:scaled_mm")),
     host="sglang",
     attention="torch:sdpa",
+    latent=_OWN,
     stand_in=BACKENDS["sglang"],
 )
 """Kernels that `moesim calibrate run` measures, and NCCL for every collective. What it does not measure is SGLang's:

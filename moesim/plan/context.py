@@ -215,7 +215,9 @@ class Context:
         ]
         latent = any(kind == "mla" for _, _, kind in self.kernels)
         if self.backend.stand_in is not None and latent:
-            said.append("latent attention is priced as FlashAttention 3: calibrate run measures no other")
+            said.append(
+                "prompts of latent attention are priced as FlashAttention 3: calibrate run measures only their decoding"
+            )
         return said
 
     def _routing_warnings(self) -> list[str]:

@@ -28,6 +28,8 @@ LIKE = {
     ("attention_decode", "gqa-fa3"): "torch:sdpa",
     ("moe_ffn", "sglang-triton"): "moesim-triton",
 }
+LATENT = ("attention_decode", "mla-fa3", "moesim-triton")
+"""The same of attention on a latent cache."""
 """Families of the catalog's profile that stand for ours until ours are measured, and what ours are called."""
 OURS = ("torch:linear", "torch:sdpa", "moesim-triton")
 TEXT = """\
@@ -66,7 +68,7 @@ def slow_rows(kind: str, n: int) -> Any:
         {**one.point.columns, "device": GPU.name, "software": "test 1"}
         for one in plan_points(["kernels"], Scope(GPU.memory_bytes, fp8=True), GPU, None)
         if one.point.kind == kind and one.point.columns["implementation"] in OURS
-        and one.point.columns["dtype"] == "bfloat16"
+        and one.point.columns["dtype"] == "bfloat16" and one.point.columns.get("kind") != "mla"
     ][:n]  # fmt: skip
     frame = pd.DataFrame(rows)
     told = predict_rows(frame.assign(latency_s=1.0), kind, gpu=GPU, profile=as_if_measured())
@@ -193,12 +195,34 @@ def test_a_format_that_was_not_measured_is_sglangs_and_that_is_said(plain: Path,
     assert not [line for line in answer_to(measured)["warnings"] if "stands in" in line]
 
 
-def test_latent_attention_is_flash_attention_3s_and_that_is_said(plain: Path, tmp_path: Path) -> None:
+def test_latent_attention_that_was_not_measured_is_flash_attention_3s_and_that_is_said(
+    plain: Path, tmp_path: Path
+) -> None:
     asked = scenario(tmp_path, f"profile={plain}", "backend=moesim", model="deepseek-v3")
     assert implementations(asked)["attention_decode"] == {"mla-fa3 bfloat16"}
     said = answer_to(asked)["warnings"]
-    assert "latent attention is priced as FlashAttention 3: calibrate run measures no other" in said
+    assert (
+        "attention_decode by moesim-triton in bfloat16 was not measured: mla-fa3 in bfloat16 stands in for it"
+        in said
+    )
+    assert any(line.startswith("prompts of latent attention are priced as FlashAttention 3") for line in said)
     assert any(line.startswith("moe_ffn by moesim-triton in fp8_block was not measured") for line in said)
+
+
+def test_latent_attention_that_was_measured_prices_decoding(plain: Path, tmp_path: Path) -> None:
+    known = as_if_measured()
+    op, like, ours = LATENT
+    measured = [
+        one.model_copy(update={"implementation": ours})
+        for one in known.families
+        if (one.op, one.implementation, one.dtype) == (op, like, "bfloat16")
+    ]
+    families = [*known.families, *measured]
+    told = Profile(device=known.device, families=tuple(families)).model_dump(exclude_none=True)["families"]
+    write_fragment(tmp_path / "latent.yaml", GPU.name, told)
+    asked = scenario(tmp_path, f"profile={tmp_path / 'latent.yaml'}", "backend=moesim", model="deepseek-v3")
+    assert implementations(asked)["attention_decode"] == {"moesim-triton bfloat16"}
+    assert not [line for line in answer_to(asked)["warnings"] if line.startswith("attention_decode by")]
 
 
 def test_training_takes_the_kernels_that_were_measured(plain: Path, tmp_path: Path) -> None:

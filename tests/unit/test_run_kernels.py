@@ -88,6 +88,37 @@ def test_expert_kernels_pass_their_check_and_a_changed_weight_does_not(
     assert refused
 
 
+LATENT: dict[str, Value] = {
+    "op": "attention_decode", "implementation": "moesim-triton", "dtype": "float16", "kind": "mla",
+    "kv_dtype": "float16", "batch": 2, "n_query": 1, "n_context": 150, "n_heads": 5, "n_kv_heads": 1,
+    "head_dim": 576, "window": 0,
+}  # fmt: skip
+
+
+def latent_and_spoilt() -> tuple[int, bool]:
+    """Check on two sets of queries, then against a cache that is not the one attended to."""
+    from calibrate.run.protocol import WrongResultError
+
+    case = built("attention", LATENT)
+    for sample in range(2):
+        case.refresh(0, sample)
+        case.check()
+        case.call(case.n_sets - 1)
+    decode, other = case._decode, case._cache[0].roll(1, dims=2)
+    case._decode = lambda q, cache, **how: decode(q, other, **how)
+    try:
+        case.check()
+    except WrongResultError:
+        return case.n_sets, True
+    return case.n_sets, False
+
+
+def test_latent_attention_passes_its_check_and_another_cache_does_not(interpreter: Interpreter) -> None:
+    n_sets, refused = interpreter(latent_and_spoilt)
+    assert n_sets > 1
+    assert refused
+
+
 def sorted_anew(columns: dict[str, Value]) -> bool:
     """Whether new routing reaches the buffers that a graph holds."""
     case = built("moe_step", columns)
