@@ -149,7 +149,9 @@ class _Kernel:
             return
         ranges = ((16.0, 64.0), (16.0, 128.0), (64.0, 64.0), (64.0, 128.0))
         by_group = (0.0,) if self.sorted else (0.0, 1.0)
-        for (low, high), group, columns in itertools.product(ranges, by_group, (64.0, 128.0)):
+        # MXFP4 weights lie in tiles of 8 warps by 32 columns on Hopper (triton_kernels, HopperMXScaleLayout)
+        widths = (128.0, 256.0) if self.dtype == "w4a16_mxfp4" else (64.0, 128.0)
+        for (low, high), group, columns in itertools.product(ranges, by_group, widths):
             yield held | {
                 "tile_rows_min": low, "tile_rows_max": high, "tile_by_group": group, "tile_columns": columns
             }  # fmt: skip
