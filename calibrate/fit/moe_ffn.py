@@ -27,6 +27,7 @@ from calibrate.fit.family import (
     say,
     seen_rows,
 )
+from calibrate.fit.moe_load import UPCAST
 from calibrate.fit.moe_rows import MeasuredRows, Priced, sample_rows
 from calibrate.loads import TRACE
 from calibrate.statistics import ape_stats
@@ -37,7 +38,16 @@ from moesim.hardware.gpu import Gpu, weight_bytes_per_element
 from moesim.hardware.profile import Profile
 from moesim.routing.catalog import catalog_names
 
-__all__ = ["NAMES", "RATES", "TABLES", "fit_table", "parameters_of", "predict_table", "usable_rows"]
+__all__ = [
+    "NAMES",
+    "RATES",
+    "TABLES",
+    "fit_table",
+    "kernel_of",
+    "parameters_of",
+    "predict_table",
+    "usable_rows",
+]
 
 TABLES = ("moe_ffn",)
 NAMES = {
@@ -157,13 +167,21 @@ class _Kernel:
             }  # fmt: skip
 
 
+def kernel_of(implementation: str, dtype: str) -> Key:
+    """Family that rows of a measured implementation are fitted as."""
+    if (implementation, dtype) == UPCAST:
+        return "moe_ffn", "sglang-upcast", "bfloat16"
+    return "moe_ffn", NAMES.get(implementation, implementation), dtype
+
+
 def fit_table(rows: pd.DataFrame, *, gpu: Gpu, base: Profile | None, note: Note) -> list[dict[str, Any]]:
     """Families of a profile, one a library and weight format; see docs/calibration.md."""
     found = []
     rows = rows[~rows["implementation"].isin(UNFITTED)]
-    names = rows["implementation"].map(lambda name: NAMES.get(name, name))
-    for (implementation, dtype), part in rows.groupby([names, "dtype"], sort=True):
-        kernel = _Kernel(str(implementation), str(dtype))
+    keys = [kernel_of(*pair) for pair in zip(rows["implementation"], rows["dtype"], strict=True)]
+    names, dtypes = ([key[i] for key in keys] for i in (1, 2))
+    for (implementation, dtype), part in rows.groupby([names, dtypes], sort=True):
+        kernel = _Kernel(implementation, dtype)
         if reason := _reason_against(kernel):
             note(f"{implementation} {dtype}: {reason}")
             continue
@@ -183,7 +201,7 @@ def predict_table(rows: pd.DataFrame, *, gpu: Gpu, profile: Profile) -> Predicti
 
     def locate(values: tuple[Any, ...]) -> Key | str:
         implementation, dtype = values
-        kernel = _Kernel(NAMES.get(implementation, implementation), dtype)
+        kernel = _Kernel(*kernel_of(implementation, dtype)[1:])
         return _reason_against(kernel) or kernel.key
 
     def price(part: pd.DataFrame, values: Values, key: Key) -> FloatArray:

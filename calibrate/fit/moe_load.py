@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from calibrate.loads import TRACE, trace_counts
 
-__all__ = ["Draw", "IntArray", "Timing", "draws_of_row", "timing_of", "tokens_per_expert_of_row"]
+__all__ = [
+    "UPCAST", "UPCAST_MULTIPLE", "Draw", "IntArray", "Timing", "draws_of_row", "timing_of", "tokens_per_expert_of_row",
+]  # fmt: skip
 
 IntArray = NDArray[np.int64]
 Shape = tuple[int, int, int, int]
@@ -47,6 +49,11 @@ class Draw:
 
 
 WHOLE = Timing()
+UPCAST = ("sglang:sglang_fused_moe_triton", "w4a16_mxfp4")
+"""MXFP4 rows of SGLang's fused kernel ran in bfloat16: without a runner named, SGLang 0.5.14 pads the width to 64 and
+widens the weights when it loads them (``mxfp4.py``, ``upcast_from_mxfp``). The times show it: their tiles change where
+the bfloat16 rule changes, at as many tokens as experts, and weights stream at 4.2 TB/s if they have two bytes."""
+UPCAST_MULTIPLE = 64
 _BARE = frozenset({(2816, 704, 8, 128), (6144, 16384, 2, 8), (4096, 14336, 2, 8)})
 """Gemma 4 26B and the two Mixtrals: their routers are a plain softmax with renormalised top-k, so the collector calls
 SGLang's fused kernel by itself, on the rank's tokens; every other model goes through SGLang's whole layer."""

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from calibrate.fit.common import FloatArray
-from calibrate.fit.moe_load import Timing, draws_of_row, timing_of
+from calibrate.fit.moe_load import UPCAST, UPCAST_MULTIPLE, Timing, draws_of_row, timing_of
 from moesim.cost.expert_ffn import (
     ExpertFfnParameters,
     FfnCall,
@@ -81,6 +81,9 @@ class MeasuredRows:
         bare = np.array([timing.rank_tokens_only for timing in timings], dtype=bool)
         cold = table["cache"].eq("cold").to_numpy() if "cache" in table else np.zeros(len(table), dtype=bool)
         hidden, width, top_k, n_experts = shapes.astype(float).T
+        width = width / numbers[:, 5]
+        widened = (names[:, :2] == UPCAST).all(axis=1)
+        width = np.where(widened, np.ceil(width / UPCAST_MULTIPLE) * UPCAST_MULTIPLE, width)
         return cls(
             latency_s=table["latency_s"].to_numpy(dtype=float),
             shapes=shapes,
@@ -88,7 +91,7 @@ class MeasuredRows:
             features=np.array([mean for mean, _ in found]).reshape(len(found), -1),
             most_entered=np.array([most for _, most in found], dtype=float),
             hidden=hidden,
-            width=width / numbers[:, 5],
+            width=width,
             n_up=np.where(top_k == _NOT_GATED_TOP_K, 1.0, 2.0),
             n_experts=np.where(bare, n_experts / eps, n_experts),
             routed=np.where(collected & ~(bare & (eps > 1)), numbers[:, 0], 0.0),

@@ -12,7 +12,7 @@ import pandas as pd
 
 from calibrate.fit.common import FloatArray, Prediction
 from calibrate.fit.family import WARM, Key, Note, Values, predict_by_family, with_cache
-from calibrate.fit.moe_ffn import NAMES, parameters_of, usable_rows
+from calibrate.fit.moe_ffn import kernel_of, parameters_of, usable_rows
 from calibrate.fit.moe_rows import MeasuredRows, Priced
 from moesim.hardware.gpu import Gpu
 from moesim.hardware.profile import Profile
@@ -35,7 +35,7 @@ def predict_table(rows: pd.DataFrame, *, gpu: Gpu, profile: Profile) -> Predicti
         implementation, dtype, _, cache = values
         if cache == "warm":
             return WARM
-        return ("moe_ffn", NAMES.get(implementation, implementation), dtype)
+        return kernel_of(implementation, dtype)
 
     def price(part: pd.DataFrame, values: Values, key: Key) -> FloatArray:
         time_s = np.full(len(part), np.nan)

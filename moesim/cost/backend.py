@@ -152,7 +152,7 @@ BACKENDS: dict[str, Backend] = {
             "bfloat16": "sglang-triton",
             "fp8_block": "sglang-triton",
             "fp8": "vllm-cutlass",
-            "w4a16_mxfp4": "sglang-triton",
+            "w4a16_mxfp4": "vllm-triton",  # OpenAI's triton_kernels, which both engines call on Hopper
         },
         "sglang-custom",
         mixes_prefill=False,

@@ -24,6 +24,7 @@ LIBRARIES = ("sglang", "vllm")
 """Libraries whose choice is known."""
 _RULED = {
     "sglang-triton": ("sglang", frozenset({"bfloat16", "fp8_block"})),
+    "sglang-upcast": ("sglang", frozenset({"bfloat16"})),
     "vllm-triton": ("vllm", frozenset({"bfloat16", "fp8", "fp8_block"})),
 }
 

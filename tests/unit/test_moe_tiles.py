@@ -98,7 +98,7 @@ def test_only_libraries_whose_rule_is_known_have_one():
     assert tile_library("sglang-triton", "bfloat16") == "sglang"
     assert tile_library("vllm-triton", "fp8_block") == "vllm"
     for name, dtype in (
-        ("sglang-triton", "w4a16_mxfp4"),
+        ("vllm-triton", "w4a16_mxfp4"),
         ("trtllm-cutlass", "bfloat16"),
         ("moesim-triton", "bfloat16"),
     ):
