@@ -184,6 +184,8 @@ def _peak(rows: pd.DataFrame, gpu: Gpu) -> FloatArray:
     )
 
 
+_INDEX_BYTES = 4.0
+"""Of a pair in sorted order."""
 _BYTES = {"fp16": 2.0, "float16": 2.0, "int8": 1.0, "uint8": 1.0, "int8_wo": 1.0}
 
 
@@ -220,7 +222,9 @@ def _experts(rows: pd.DataFrame, gpu: Gpu, n_matrices: float) -> FloatArray:
 
 def _moe_step(rows: pd.DataFrame, gpu: Gpu) -> FloatArray:
     pairs = _floats(rows, "n_tokens") * _floats(rows, "top_k") / _floats(rows, "ep")
-    moved = pairs * _floats(rows, "hidden") / gpu.hbm_bytes_per_s
+    summed = pairs * _floats(rows, "hidden") / gpu.hbm_bytes_per_s
+    sorted_ = pairs * _INDEX_BYTES / gpu.hbm_bytes_per_s  # a library may leave the rows where they are
+    moved = np.where(rows.op == "moe_permute", sorted_, summed)
     return np.where(rows.op.isin(["moe_up", "moe_down"]), _experts(rows, gpu, n_matrices=1.0), moved)
 
 

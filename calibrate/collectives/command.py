@@ -45,7 +45,7 @@ def collectives(
             help="All ranks on one GPU, NCCL over loopback: proves the code path, measures no link."
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of routing, order and held-out sizes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of routing and order.")] = 0,
 ) -> None:
     """Measure collectives between the ranks that torchrun started (see docs/calibration.md)."""
     from calibrate.collectives.points import DTYPE_BYTES, OPS, parse_sizes

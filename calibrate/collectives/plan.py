@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,16 +12,18 @@ from calibrate.collectives.groups import Group
 from calibrate.collectives.points import Point
 from calibrate.collectives.splits import as_equal_elements, split_elements
 
-__all__ = ["held_out_sizes", "plan_points"]
+__all__ = ["is_held_out", "plan_points"]
 
-_HELD_OUT_FRACTION = 0.2
+_HELD_OUT_SHARE = 0.2
+_SALT = "moesim held-out messages 899"
+"""Chosen, before anything was measured, so that of the powers of two about a fifth falls out, none beside another:
+16 and 128 KiB, 2, 16 and 256 MiB."""
 
 
-def held_out_sizes(sizes: Sequence[int], seed: int) -> frozenset[int]:
-    """A fifth of the sizes, never the smallest or largest, which no fit may see; none of fewer than five."""
-    inner = list(sizes)[1:-1]
-    n = round(_HELD_OUT_FRACTION * len(sizes)) if len(sizes) >= 5 else 0
-    return frozenset(int(size) for size in np.random.default_rng([seed, 1]).permutation(inner)[:n])
+def is_held_out(size: int) -> bool:
+    """Whether no fit may see a message size: by a hash, so the same in every run and on every machine."""
+    digest = hashlib.sha256(f"{_SALT}:{size}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < _HELD_OUT_SHARE
 
 
 def plan_points(
@@ -51,9 +54,8 @@ def plan_points(
     shares
         Of an uneven all-to-all, by number of ranks, as `moesim.routing` draws them; empty for none.
     seed
-        Of the order within one step of sizes, and of the sizes held out.
+        Of the order within one step of sizes.
     """
-    held = held_out_sizes(sizes, seed)
     rng = np.random.default_rng([seed, 2])
     found: dict[Point, None] = {}
 
@@ -63,7 +65,7 @@ def plan_points(
             for op in wanted
             if size <= largest_bytes[op]
             for index, group in enumerate(among)
-            for point in _points(op, index, group, size, item_bytes, shares, size in held)
+            for point in _points(op, index, group, size, item_bytes, shares, is_held_out(size))
         ]
         found.update(dict.fromkeys(step[i] for i in rng.permutation(len(step))))
 

@@ -136,14 +136,19 @@ def seen_rows(rows: pd.DataFrame) -> NDArray[np.bool_]:
 
 
 def newest_software(rows: pd.DataFrame, note: Note) -> pd.DataFrame:
-    """Rows of one software version, the one with most rows: between versions a shape's time moves by up to a third."""
-    counts = rows.groupby("software", sort=True).size().sort_values(kind="stable")
-    if len(counts) <= 1:
+    """Rows of one software version: between versions a shape's time moves by up to a third.
+
+    The version with most rows that a fit may see; of as many, the one measured last.
+    """
+    if rows["software"].nunique() <= 1:
         return rows
-    kept = counts.index[-1]
-    name = rows["implementation"].iloc[0]
-    note(f"{name}: {counts.iloc[:-1].sum()} rows of other software than {kept} are not fitted")
-    return rows[rows["software"] == kept]
+    dates = rows["date"].fillna("") if "date" in rows else pd.Series("", index=rows.index)
+    told = rows.assign(seen=seen_rows(rows), date=dates.astype(str))
+    order = told.groupby("software", sort=True).agg(seen=("seen", "sum"), date=("date", "max"))
+    kept = order.sort_values(["seen", "date"], kind="stable").index[-1]
+    left = rows["software"] != kept
+    note(f"{rows['implementation'].iloc[0]}: {left.sum()} rows of other software than {kept} are not fitted")
+    return rows[~left]
 
 
 def with_cache(rows: pd.DataFrame) -> pd.DataFrame:
@@ -209,6 +214,8 @@ def fit_family(
     error: dict[str, Any] | None
     if not seen.all():
         error = _marked_error(kernel, rows[~seen], predict, fit)
+        if known is not None and not is_blind(known, rows):
+            error["split"] += f"; the base was fitted on {rows['device'].iloc[0]} before"
     else:
         blind = prior if known is not None and is_blind(known, rows) else {}
         error = _fold_error(kernel, rows, predict, method, blind)

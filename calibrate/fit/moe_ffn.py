@@ -157,6 +157,10 @@ class _Kernel:
             for columns in (64.0, 128.0):
                 yield held | {"host_s": 3.7e-4, "tile_rows_min": 128.0, "tile_columns": columns}
             return
+        if self.implementation == "moesim-triton":  # whose rule is known: calibrate.kernels.tiles
+            for columns in (128.0, 256.0):
+                yield held | {"tile_by_group": 2.0, "tile_columns": columns}
+            return
         ranges = ((16.0, 64.0), (16.0, 128.0), (64.0, 64.0), (64.0, 128.0))
         by_group = (0.0,) if self.sorted else (0.0, 1.0)
         # MXFP4 weights lie in tiles of 8 warps by 32 columns on Hopper (triton_kernels, HopperMXScaleLayout)
@@ -185,10 +189,11 @@ def fit_table(rows: pd.DataFrame, *, gpu: Gpu, base: Profile | None, note: Note)
         if reason := _reason_against(kernel):
             note(f"{implementation} {dtype}: {reason}")
             continue
-        used = usable_rows(newest_software(part, note))
-        if len(used) < len(part):
+        newest = newest_software(part, note)
+        used = usable_rows(newest)
+        if len(used) < len(newest):
             note(
-                f"{implementation} {dtype}: {len(part) - len(used)} rows are left out, their load is unknown"
+                f"{implementation} {dtype}: {len(newest) - len(used)} rows are left out, their load is unknown"
             )
         if used.empty or not seen_rows(used).any():
             continue
@@ -278,7 +283,9 @@ def _fit_family(
     fit = _fit(fit_rows, held, prior, 40, best.values if best else None)
     if len(seen) < len(rows):
         check = MeasuredRows.of(rows[~seen_rows(rows)])
-        error: dict[str, Any] | None = {"split": MARKED, **_error(check, gpu, kernel, {**held, **fit.values})}
+        blind_to = known is None or is_blind(known, rows)
+        split = MARKED if blind_to else f"{MARKED}; the base was fitted on {gpu.name} before"
+        error: dict[str, Any] | None = {"split": split, **_error(check, gpu, kernel, {**held, **fit.values})}
     else:
         blind = prior if known is not None and is_blind(known, rows) else None
         error = _held_out(fit_rows, rows, gpu, kernel, held, fit.values, blind)
@@ -397,7 +404,7 @@ MEANINGS = {
     "remote_tile_s": "a tile of other ranks' pairs, on its SM",
     "slot_s": "scheduling of one expert slot in one product",
     "host_s": "host time of a call that is not hidden",
-    "tile_by_group": "tiles chosen by the rank's rows (0) or the whole group's (1)",
+    "tile_by_group": "tiles chosen by rows a slot: the rank's (0), the group's over the rank's slots (1) or all (2)",
     "tile_fill": "tile height over mean rows a slot",
     "tile_rows_min": "shortest tile",
     "tile_rows_max": "tallest tile",

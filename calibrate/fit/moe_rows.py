@@ -160,7 +160,7 @@ class Priced:
         if self.library is not None:
             return self.call
         call = self.call
-        return self.tiled(tile_for(call.rows, call.remote_pairs, call.n_slots, params))
+        return self.tiled(tile_for(call.rows, call.remote_pairs, call.n_slots, call.n_experts, params))
 
 
 @lru_cache(maxsize=65536)
@@ -178,7 +178,9 @@ def _summary(
 
 
 def sample_rows(table: pd.DataFrame, n_rows: int, seed: int) -> pd.DataFrame:
-    """At most `n_rows`, the same number of each shape as far as there are."""
+    """At most `n_rows`, the same number of each shape as far as there are; all where they are no more."""
+    if len(table) <= n_rows:
+        return table
     share = max(1, n_rows // max(1, table.groupby(SHAPE).ngroups))
     shuffled = table.sample(frac=1.0, random_state=seed)
     return shuffled[shuffled.groupby(SHAPE).cumcount() < share]

@@ -13,16 +13,20 @@ import pandas as pd
 
 from calibrate.fit.common import FloatArray, Prediction
 from calibrate.fit.family import (
+    WARM,
     Kernel,
     Key,
     Method,
     Note,
     Spec,
     Values,
+    cold_rows,
     fit_family,
     known_family,
     newest_software,
     predict_by_family,
+    seen_rows,
+    with_cache,
 )
 from moesim.cost.router import router_s
 from moesim.hardware.gpu import Gpu
@@ -66,9 +70,12 @@ def fit_table(
         return []
     gate_values = gate.values()
     found = []
+    rows = cold_rows(rows, note)
     order = rows.groupby("implementation").size().sort_values(ascending=False, kind="stable").index
     for implementation in order:
         part = newest_software(rows[rows["implementation"] == implementation], note)
+        if not seen_rows(part).any():
+            continue
         found.append(
             fit_family(
                 Kernel("router", implementation, "any", _SPEC),
@@ -89,13 +96,16 @@ def predict_table(rows: pd.DataFrame, *, gpu: Gpu, profile: Profile) -> Predicti
     gate = known_family(profile, _GATE)
 
     def locate(values: tuple[Any, ...]) -> Key | str:
+        implementation, cache = values
+        if cache == "warm":
+            return WARM
         return (
             f"the profile has no family {' '.join(_GATE)}"
             if gate is None
-            else ("router", str(values[0]), "any")
+            else ("router", implementation, "any")
         )
 
     def price(part: pd.DataFrame, values: Values, key: Key) -> FloatArray:
         return predicted_s(part, values, gate.values() if gate is not None else {}, gpu)
 
-    return predict_by_family(rows, ["implementation"], locate, profile, price)
+    return predict_by_family(with_cache(rows), ["implementation", "cache"], locate, profile, price)

@@ -100,8 +100,9 @@ def everything(
         str, typer.Option(metavar="TIME", help="Time for kernels and transfers.")
     ] = DEFAULT_BUDGET,
     base: Annotated[
-        str, typer.Option(metavar="PROFILE", help="Profile that the fit starts from.")
-    ] = DEFAULT_GPU,
+        str | None,
+        typer.Option(metavar="PROFILE", help="Profile that the fit starts from; the catalog's of this GPU."),
+    ] = None,
     device: DeviceName = "cuda",
 ) -> None:
     """Do all that one GPU is needed for: GPU tests, measuring, NCCL's code path, fit, validation, tiles."""
@@ -203,22 +204,26 @@ def _measured(
 
 @contextmanager
 def _first_interrupt_only() -> Iterator[None]:
-    """Let one Ctrl-C end what runs within; further ones, from impatience, must not end the ending of it."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+    """Let one Ctrl-C, or a scheduler's SIGTERM, end what runs within; further ones must not end the ending of it."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.getsignal(number) for number in usual}
+    if before != usual or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # for good: the program ends
+        for each in usual:
+            signal.signal(each, signal.SIG_IGN)  # for good: the program ends
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, stop)
+    for each in usual:
+        signal.signal(each, stop)
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGINT) is stop:
-            signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            if signal.getsignal(each) is stop:
+                signal.signal(each, handler)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class Result:
     ok: bool
 
 
-def steps(out: Path, *, device: str, budget_s: float, base: str) -> list[Step]:
+def steps(out: Path, *, device: str, budget_s: float, base: str | None) -> list[Step]:
     """Everything, in order: what is measured does not wait for what is only checked to be mended.
 
     Parameters
@@ -70,7 +70,7 @@ def steps(out: Path, *, device: str, budget_s: float, base: str) -> list[Step]:
     budget_s
         Time for measuring kernels and transfers [s].
     base
-        Profile to start the fit from.
+        Profile to start the fit from; None for the catalog's of the GPU that was measured.
     """
     program = [sys.executable, "-m", "calibrate"]
     profile = out / PROFILE
@@ -104,7 +104,7 @@ def steps(out: Path, *, device: str, budget_s: float, base: str) -> list[Step]:
         name, files = device_of(out), tables(out)
         if name not in gpu_names():
             return f"{NO_STEP}: {name or 'no GPU'} is not in the GPU catalog; docs/hardware.md says how to add one"
-        return [*program, "fit", *files, "--device", name, "--base", base, "-o", str(profile)]
+        return [*program, "fit", *files, "--device", name, "--base", base or name, "-o", str(profile)]
 
     def validate() -> list[str] | str:
         if not profile.is_file():

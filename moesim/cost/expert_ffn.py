@@ -94,7 +94,8 @@ class ExpertFfnParameters:
     host_s: float
     """What the host takes to issue the call where it is not hidden; the device's time runs beneath it [s]."""
     tile_by_group: float
-    """Where no library's rule is known, tiles are chosen by: 0, rows on this rank; 1, rows of the whole group."""
+    """Where no library's rule is known, tiles are chosen by the mean of: 0, this rank's rows over its slots; 1, the
+    whole group's over this rank's slots; 2, the group's over the group's experts."""
     tile_fill: float
     """Tile height over that number of rows per expert slot."""
     tile_rows_min: float
@@ -161,20 +162,33 @@ class FfnCall:
 
 
 def tile_rows_for(
-    rows: FloatArray, remote_pairs: FloatArray, n_slots: FloatArray | int, params: ExpertFfnParameters
+    rows: FloatArray,
+    remote_pairs: FloatArray,
+    n_slots: FloatArray | int,
+    n_experts: FloatArray | int,
+    params: ExpertFfnParameters,
 ) -> FloatArray:
-    """Tile height by mean rows a slot: the power of two that holds them, in the family's range."""
-    seen = rows + params.tile_by_group * remote_pairs
-    wanted = np.maximum(seen / n_slots * params.tile_fill, 1.0)
+    """Tile height by mean rows: the power of two that holds them, in the family's range.
+
+    A library knows how many pairs enter and how many experts there are, without a look at the device, not how many
+    pairs are for this rank.
+    """
+    seen = rows + min(params.tile_by_group, 1.0) * remote_pairs
+    bins = n_slots + max(params.tile_by_group - 1.0, 0.0) * (np.asarray(n_experts) - n_slots)
+    wanted = np.maximum(seen / bins * params.tile_fill, 1.0)
     power = np.exp2(np.ceil(np.log2(wanted) - 1e-9))
     return np.asarray(np.clip(power, params.tile_rows_min, params.tile_rows_max))
 
 
 def tile_for(
-    rows: FloatArray, remote_pairs: FloatArray, n_slots: FloatArray | int, params: ExpertFfnParameters
+    rows: FloatArray,
+    remote_pairs: FloatArray,
+    n_slots: FloatArray | int,
+    n_experts: FloatArray | int,
+    params: ExpertFfnParameters,
 ) -> Tile:
     """Tile of a family that carries its own rule."""
-    height = tile_rows_for(rows, remote_pairs, n_slots, params)
+    height = tile_rows_for(rows, remote_pairs, n_slots, n_experts, params)
     rest = (params.tile_columns, params.tile_depth, params.tile_warps, params.tile_stages)
     return Tile(height, *(np.asarray(value) for value in rest))
 
@@ -237,16 +251,16 @@ def expert_call(op: ExpertFfn, *, gpu: Gpu, params: ExpertFfnParameters, impleme
     rows = tokens.sum(axis=-1)
     entered = np.asarray(op.n_tokens, dtype=float) * (0.0 if op.deepep_layout else 1.0)
     remote = np.maximum(entered * op.top_k - rows, 0.0)
-    if library is None:
-        tile = tile_for(rows, remote, n_slots, params)
-    else:
-        tile = tile_choice(
-            library, gpu.name, op.dtype, n_slots=n_slots, intermediate=op.intermediate, n_tokens=entered
-        )
     n_experts = np.asarray(float(n_slots))
     if remote.any():
         mean_rows = np.maximum(rows.mean(axis=-1, keepdims=True), 1e-9)
         n_experts = n_slots * np.clip((remote + rows) / mean_rows, 1.0, 1024.0)
+    if library is None:
+        tile = tile_for(rows, remote, n_slots, n_experts, params)
+    else:
+        tile = tile_choice(
+            library, gpu.name, op.dtype, n_slots=n_slots, intermediate=op.intermediate, n_tokens=entered
+        )
     present = np.minimum(tokens, 1.0)
     filled = tokens / tile.rows[..., None]
     np.ceil(filled, out=filled)

@@ -209,9 +209,12 @@ def test_a_slot_pads_on_its_own():
 def test_tile_height_follows_the_mean_rows_within_its_range():
     rows = np.array([1.0, 16.0, 17.0, 100.0, 1e5])
     nothing = np.zeros(5)
-    assert tile_rows_for(rows, nothing, 1, PLAIN).tolist() == [16, 16, 32, 128, 128]
-    by_group = replace(PLAIN, tile_by_group=1.0)
-    assert tile_rows_for(np.array([1.0]), np.array([63.0]), 1, by_group).tolist() == [64]
+    assert tile_rows_for(rows, nothing, 1, 1, PLAIN).tolist() == [16, 16, 32, 128, 128]
+    by_slots = replace(PLAIN, tile_by_group=1.0)
+    assert tile_rows_for(np.array([1.0]), np.array([63.0]), 1, 4, by_slots).tolist() == [64]
+    by_group = replace(PLAIN, tile_by_group=2.0)
+    # 512 pairs of a group of 8 experts, 80 of them with the 2 experts here
+    assert tile_rows_for(np.array([80.0]), np.array([432.0]), 2, 8, by_group).tolist() == [64]
 
 
 def test_weights_that_stay_in_the_cache_are_not_read_again():
