@@ -114,7 +114,10 @@ def read_tables(
 
 
 def _note_far(table: Table, gpu: Gpu | None, note: Callable[[str], None]) -> None:
-    """Say which single rows are as far from what the datasheet allows as another unit would be."""
+    """Say which single rows are as far from what the datasheet allows as another unit would be, or stand twice."""
+    twice = np.flatnonzero(table.frame.duplicated())
+    if twice.size:
+        note(f"{table.line(int(twice[0]))}: {twice.size:,} rows stand in the file twice, this the first")
     far = np.flatnonzero(far_rows(table.kind, table.frame, gpu))
     if far.size:
         note(
@@ -155,10 +158,17 @@ class _Raw:
 
 
 MEASURE_AGAIN = "measure the point again or delete the line"
+_ALSO = {
+    "bf16": "bfloat16", "half": "float16", "float": "float32", "fp32": "float32", "e4m3": "fp8", "fp8_e4m3": "fp8",
+    "fp8_w8a8": "fp8", "mxfp4": "w4a16_mxfp4",
+}  # fmt: skip
+"""Other words for formats."""
 
 
 def _nearest(word: str, known: Iterable[str]) -> str | None:
-    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    choices = list(known)
+    also = _ALSO.get(word.lower())
+    near = [also] if also in choices else difflib.get_close_matches(word.lower(), choices, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else None
 
 
@@ -404,6 +414,11 @@ def _check_rows(table: Table) -> None:
         for name in ("n_kv_heads", "head_dim"):
             blank = frame[name].isna() if name in frame else True
             rules.append((f"{name} may be blank only where kind is mla", gqa & blank))
+    if {"latency_p10_s", "latency_p90_s"} <= set(frame):
+        rules.append(
+            ("latency_p10_s must be at most latency_p90_s", frame.latency_p10_s > frame.latency_p90_s)
+        )
     for rule, broken in rules:
+        broken = pd.Series(broken).fillna(False).astype(bool)
         if broken.any():
             raise MeasurementError(rule, place=table.line(int(broken.to_numpy().argmax())))

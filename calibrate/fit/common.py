@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,15 @@ def write_fragment(path: Path, device: str, families: Sequence[Mapping[str, Any]
     yaml = YAML()
     yaml.width = 110
     temporary = path.with_suffix(path.suffix + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        yaml.dump(content, stream)
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            yaml.dump(content, stream)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        rule = f"cannot be written: {error.strerror}"
+        raise ProfileError(rule, place=str(path), fix="name another file") from None
 
 
 def _rounded(value: Any, digits: int = 5) -> Any:

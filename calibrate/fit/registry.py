@@ -15,8 +15,8 @@ from calibrate.fit.common import FloatArray, Prediction
 from calibrate.fit.doubts import doubts, n_free
 from calibrate.fit.family import carried_family, known_family
 from calibrate.tables import Table, devices_of
-from moesim.errors import MeasurementError
-from moesim.hardware import Gpu, Profile
+from moesim.errors import MeasurementError, ProfileError
+from moesim.hardware import Gpu, Profile, load_profile
 
 __all__ = ["FitModule", "fit_modules", "fit_tables", "predict_rows", "refitted", "rows_of"]
 
@@ -136,8 +136,12 @@ def fit_tables(
             fix=f"use --device {' or '.join(devices_of(tables))}",
         )
     for table in tables:
+        others = sorted(set(table.frame["device"].astype(str)) - devices)
         if devices.isdisjoint(table.frame["device"].unique()):
             note(f"{table.path.name}: left out, it has no row of {gpu.name}")
+        elif others:
+            n_others = int((~table.frame["device"].isin(devices)).sum())
+            note(f"{table.path.name}: {n_others:,} rows of {', '.join(others)} are left out")
     used = fit_modules() if modules is None else modules
     families: list[dict[str, Any]] = []
     fitted = False
@@ -150,7 +154,7 @@ def fit_tables(
         if len(rows):
             found_here = module.fit_table(rows, gpu=gpu, base=_so_far(base, families, gpu), note=note)
             fitted |= bool(found_here)
-            families += _trusted(found_here, base, note)
+            families += _trusted(found_here, base, gpu, note)
         served |= set(module.TABLES)
     for kind in dict.fromkeys(table.kind for table in tables):
         if kind not in served:
@@ -161,6 +165,12 @@ def fit_tables(
             place=", ".join(str(table.path) for table in tables),
             fix="docs/calibration.md says which kinds a profile has parameters for",
         )
+    if not families and base is None:
+        raise MeasurementError(
+            "too few rows of any kernel to fit what the catalog's profile of the device knows better",
+            place=", ".join(str(table.path) for table in tables),
+            fix=f"measure more, or give --base {gpu.name}: few rows then move a few rates",
+        )
     return merged([*_kept(base, gpu), *families])
 
 
@@ -170,27 +180,46 @@ def refitted(families: Iterable[Mapping[str, Any]], base: Profile | None, gpu: G
     return [family not in kept for family in families]
 
 
-def _trusted(found: Sequence[dict[str, Any]], base: Profile | None, note: Note) -> list[dict[str, Any]]:
-    """Families without those that fewer rows than parameters decided on, where the base has them; doubts are noted."""
+def _trusted(
+    found: Sequence[dict[str, Any]], base: Profile | None, gpu: Gpu, note: Note
+) -> list[dict[str, Any]]:
+    """Families without those that fewer rows than parameters decided on, where the base has them; doubts are noted.
+
+    Without a base the catalog's profile of the device is what such a family would take the place of in a plan.
+    """
+    better = base or _catalog_profile(gpu)
 
     def in_base(one: Mapping[str, Any]) -> bool:
-        return known_family(base, (one["op"], one["implementation"], one["dtype"])) is not None
+        return known_family(better, (one["op"], one["implementation"], one["dtype"])) is not None
 
     out: list[dict[str, Any]] = []
     for one in found:
         name = f"{one['op']} {one['implementation']} {one['dtype']}"
         n_rows, n_needed = one["provenance"].get("n_points", 0), n_free(one)
-        if base is not None and one["provenance"]["kind"] == "fitted" and n_rows < n_needed and in_base(one):
+        if (
+            better is not None
+            and one["provenance"]["kind"] == "fitted"
+            and n_rows < n_needed
+            and in_base(one)
+        ):
             note(
-                f"{name}: {n_rows} rows for {n_needed} parameters: those of {base.device}'s profile are kept"
+                f"{name}: {n_rows} rows for {n_needed} parameters: those of {better.device}'s profile are kept"
             )
             continue
         out.append(one)
         if against := doubts(one):
             note(f"{name}: doubtful fit: {', '.join(against)}")
+            one["provenance"]["doubts"] = "; ".join(against)
     if len(out) < len(found):  # what is assumed from a fit goes with it
         out = [one for one in out if one["provenance"]["kind"] != "assumed" or not in_base(one)]
     return out
+
+
+def _catalog_profile(gpu: Gpu) -> Profile | None:
+    try:
+        return load_profile(gpu.name)
+    except ProfileError:
+        return None
 
 
 def _with_rows_to_fit(rows: pd.DataFrame, note: Note) -> pd.DataFrame:

@@ -56,7 +56,7 @@ class Candidate:
 def log_sizes(rows: Sequence[Mapping[str, Value]]) -> FloatArray:
     """Coordinates of points: log2 of the numbers, one coordinate a word, words a unit apart; (n_points, n_dims)."""
     columns: list[FloatArray] = []
-    for name in rows[0]:
+    for name in rows[0] if rows else ():
         values = [row[name] for row in rows]
         if isinstance(values[0], str):
             words = sorted({str(value) for value in values})

@@ -7,7 +7,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    ValidationError,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -29,7 +37,7 @@ class _Frozen(BaseModel):
 class Parameter(_Frozen):
     """One number of a cost model."""
 
-    value: float
+    value: FiniteFloat = Field(ge=0)
     """SI units; rates are fractions of the datasheet's peak."""
     stderr: NonNegativeFloat | None = None
     """Standard error of the fit, in the value's unit."""
@@ -46,6 +54,8 @@ class Provenance(_Frozen):
     """Data set, publication or datasheet."""
     n_points: NonNegativeInt = 0
     """Measurements in the fit."""
+    doubts: str | None = None
+    """Why a fit says little, in words; None where nothing speaks against it."""
 
 
 class HeldOut(_Frozen):
@@ -241,7 +251,12 @@ def open_profile(name: str) -> Profile:
 def _read(path: Path, place: str) -> Profile:
     try:
         content: Any = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and "families" not in content:
+        if not isinstance(content, dict):
+            what = "is empty" if content is None else "holds no mapping"
+            raise ProfileError(
+                f"{what}: it is no profile of a GPU", place=place, fix="use what moesim calibrate fit wrote"
+            )
+        if "families" not in content:
             what = "is a scenario" if {"model", "workload"} & set(content) else "has no families"
             raise ProfileError(
                 f"{what}: it is no profile of a GPU", place=place, fix="use what moesim calibrate fit wrote"

@@ -151,7 +151,8 @@ def families_used(outcome: Outcome) -> list[dict[str, str]]:
 
 def _held_out(family: Family) -> str:
     error = family.held_out
-    return f"{error.median_ape:.1%} median, {error.p90_ape:.1%} p90" if error else "not measured"
+    said = f"{error.median_ape:.1%} median, {error.p90_ape:.1%} p90" if error else "not measured"
+    return f"{said}; doubtful: {family.provenance.doubts}" if family.provenance.doubts else said
 
 
 def _profile(profile: Profile) -> str:

@@ -18,6 +18,8 @@ __all__ = ["Compared", "Panels", "write_scatter_report"]
 
 SIZE_BINS = 12
 """Bins of the error by size, equal in the logarithm of the measured value."""
+_FEW_DECADES = 1e3
+"""Largest over smallest value from which powers of ten alone are ticks enough."""
 ERROR_BIN = 0.05
 """Width of a bar of the histogram of errors."""
 COLORS = (*palette.SERIES, "#ddcc77", "#44aa99", "#882255")
@@ -126,8 +128,9 @@ def _thinned(groups: Sequence[Compared], limit: int) -> list[Compared]:
 
 def _by_size(name: str, groups: Sequence[Compared]) -> Figure:
     """Median signed error of each group over bins of the measured value."""
-    layout = base_layout(340, f"measured {name}", "median error", hovermode="closest")
-    layout["xaxis"] |= {"type": "log"}
+    layout = base_layout(340, f"measured {name}", "median signed error", hovermode="closest")
+    everything = np.concatenate([np.asarray(one.measured, dtype=float) for one in groups])
+    layout["xaxis"] |= _log_axis(float(everything.min()), float(everything.max()))
     layout["yaxis"] |= {"tickformat": "+.0%"}
     _legend_below(layout, len(groups))
     data = []
@@ -149,7 +152,7 @@ def _by_size(name: str, groups: Sequence[Compared]) -> Figure:
                 "x": x,
                 "y": y,
                 "text": [f"{count} rows" for count in n],
-                "hovertemplate": f"{_hover(one)}<br>about %{{x}}: median error %{{y}}, %{{text}}<extra></extra>",
+                "hovertemplate": f"{_hover(one)}<br>about %{{x}}: median signed error %{{y}}, %{{text}}<extra></extra>",
                 "line": _stroke(number) | {"width": 1.5},
             }
         )
@@ -223,9 +226,14 @@ def _scatter(name: str, groups: Sequence[Compared]) -> Figure:
             }
         )
     for axis in ("xaxis", "yaxis"):
-        layout[axis] |= {"type": "log", "range": [float(np.log10(low)), float(np.log10(high))], "dtick": "D2"}
+        layout[axis] |= {"range": [float(np.log10(low)), float(np.log10(high))]} | _log_axis(low, high)
     _legend_below(layout, len(groups))
     return {"data": data, "layout": layout}
+
+
+def _log_axis(low: float, high: float) -> dict[str, Any]:
+    """Ticks at powers of ten; also at 2 and 5 times them where there would be few."""
+    return {"type": "log", "dtick": 1 if high > _FEW_DECADES * low else "D2", "exponentformat": "power"}
 
 
 def _legend_below(layout: dict[str, Any], n_groups: int) -> None:

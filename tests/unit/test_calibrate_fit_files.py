@@ -242,11 +242,73 @@ def test_few_rows_leave_the_base_and_say_so(calibrate: Callable[[str], Told], tm
     for key in (("gemm", "torch-cublas", "bfloat16"), ("elementwise", "fused", "any")):
         assert mine.family(*key).values() == pytest.approx(theirs.family(*key).values(), rel=1e-4)
 
+
+def test_few_rows_take_no_family_of_the_catalogs_place(
+    calibrate: Callable[[str], Told], tmp_path: Path
+) -> None:
+    gemm_rows(tmp_path / "gemm.csv", 3)
     told = calibrate("fit gemm.csv --device h200-sxm -o p.yaml")
+    assert told.code == 2
+    assert "too few rows of any kernel" in told.err and "give --base h200-sxm" in told.err
+    assert not (tmp_path / "p.yaml").exists()
+
+
+def test_a_device_without_a_profile_is_fitted_and_the_doubt_stays_in_the_profile(
+    calibrate: Callable[[str], Told], tmp_path: Path
+) -> None:
+    gemm_rows(tmp_path / "gemm.csv", 3).assign(device="b200-sxm").to_csv(tmp_path / "gemm.csv", index=False)
+    told = calibrate("fit gemm.csv --device b200-sxm -o p.yaml")
     assert "gemm torch-cublas bfloat16: doubtful fit: " in told.err and "3 rows for " in told.err
     assert "fitted*" in told.out and "* doubtful: the notes above" in told.out
-    one = calibrate("fit gemm.csv --device h200-sxm -o p.yaml --json").json["families"][0]
+    one = calibrate("fit gemm.csv --device b200-sxm -o p.yaml --json").json["families"][0]
     assert any(word.startswith("3 rows for ") for word in one["doubts"])
+    kept = read_profile(tmp_path / "p.yaml").family("gemm", "torch-cublas", "bfloat16")
+    assert str(kept.provenance.doubts).startswith("3 rows for ")
+
+
+def test_rows_of_other_devices_beside_the_own_are_named(
+    calibrate: Callable[[str], Told], tmp_path: Path
+) -> None:
+    frame = gemm_rows(tmp_path / "gemm.csv", 60)
+    frame.loc[0, "device"] = "H200"
+    frame.to_csv(tmp_path / "gemm.csv", index=False)
+    assert (
+        "gemm.csv: 1 rows of H200 are left out" in calibrate("fit gemm.csv --device h200-sxm -o p.yaml").err
+    )
+
+
+def test_a_profile_with_impossible_numbers_is_refused(
+    calibrate: Callable[[str], Told], tmp_path: Path
+) -> None:
+    gemm_rows(tmp_path / "gemm.csv", 60)
+    calibrate("fit gemm.csv --device h200-sxm -o p.yaml")
+    whole = (tmp_path / "p.yaml").read_text()
+    for value in ("-1.0", ".nan", ".inf"):
+        spoilt = re.sub(r"(launch_s:\n\s+value: )\S+", rf"\g<1>{value}", whole)
+        assert spoilt != whole
+        (tmp_path / "p.yaml").write_text(spoilt)
+        told = calibrate("validate gemm.csv --profile p.yaml")
+        assert told.code == 2
+        assert "p.yaml: families.0.parameters.launch_s.value" in told.err
+    (tmp_path / "p.yaml").write_text("")
+    assert (
+        "p.yaml: is empty: it is no profile of a GPU" in calibrate("validate gemm.csv --profile p.yaml").err
+    )
+
+
+def test_a_profile_that_cannot_be_written_leaves_nothing(
+    calibrate: Callable[[str], Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gemm_rows(tmp_path / "gemm.csv", 60)
+
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    told = calibrate("fit gemm.csv --device h200-sxm -o p.yaml")
+    assert told.code == 2
+    assert "p.yaml: cannot be written: No space left on device; fix: name another file" in told.err
+    assert [one.name for one in tmp_path.iterdir()] == ["gemm.csv"]
 
 
 def family(values: dict[str, tuple[float, float | None]], n_points: int, **more: Any) -> dict[str, Any]:

@@ -332,7 +332,7 @@ def test_only_the_median_counts(tmp_path: Path) -> None:
 
 
 def test_single_rows_in_another_unit_are_noted(tmp_path: Path) -> None:
-    rows = [GEMM] * 3 + [GEMM | {"latency_s": 0.7}] * 2
+    rows = [GEMM | {"m": m} for m in (64, 65, 66)] + [GEMM | {"m": m, "latency_s": 0.7} for m in (64, 65)]
     slow = ROWS["collective"] | {"implementation": "gloo", "latency_s": 30.0}
     paths = [
         write(tmp_path / "a.csv", *rows),
@@ -345,6 +345,29 @@ def test_single_rows_in_another_unit_are_noted(tmp_path: Path) -> None:
         f"{tmp_path / 'a.csv'}:5: 2 of 5 rows take at least 300 times what the datasheet asks for, this the first: "
         "another unit, or outliers?"
     ]
+
+
+def test_a_sort_that_leaves_rows_where_they_are_is_no_wrong_unit(tmp_path: Path) -> None:
+    shape = ROWS["moe_step"] | {"op": "moe_permute", "n_tokens": 16384, "latency_s": 15e-6}
+    assert len(read_table(write(tmp_path / "a.csv", shape)).frame) == 1
+
+
+def test_rows_that_stand_twice_are_noted(tmp_path: Path) -> None:
+    notes: list[str] = []
+    read_tables([write(tmp_path / "a.csv", GEMM, GEMM | {"m": 65}, GEMM)], note=notes.append)
+    assert notes == [f"{tmp_path / 'a.csv'}:4: 1 rows stand in the file twice, this the first"]
+
+
+def test_percentiles_ascend(tmp_path: Path) -> None:
+    rows = {"latency_p10_s": 2e-3, "latency_p90_s": 1e-3}
+    assert "latency_p10_s must be at most latency_p90_s" in refusal(write(tmp_path / "a.csv", GEMM | rows))
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("bf16", "bfloat16"), ("fp32", "float32"), ("mxfp4", "w4a16_mxfp4")]
+)
+def test_usual_names_of_formats_are_understood(word: str, meant: str, tmp_path: Path) -> None:
+    assert f"did you mean {meant}?" in refusal(write(tmp_path / "a.csv", GEMM | {"dtype": word}))
 
 
 def test_a_file_is_named_once(tmp_path: Path) -> None:

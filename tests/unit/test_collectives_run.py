@@ -342,6 +342,44 @@ def test_data_that_do_not_arrive_are_noticed(shift: int) -> None:
 # ---------------------------------------------------------------- stamps
 
 
+class _FakeGpu:
+    """A device whose clock counts calls, in milliseconds, and says when it was read."""
+
+    device = "cuda:0"
+
+    def __init__(self) -> None:
+        self.n_calls = 0
+        self.torch = self
+        self.cuda = self
+
+    def Event(self, enable_timing: bool) -> Any:  # noqa: N802
+        world = self
+
+        class Event:
+            def record(self) -> None:
+                self.at = world.n_calls
+
+            def elapsed_time(self, other: Any) -> float:
+                return float(other.at - self.at)
+
+        return Event()
+
+    def synchronize(self) -> None:
+        pass
+
+    def call(self) -> None:
+        self.n_calls += 1
+
+
+def test_the_call_in_which_ranks_wait_for_each_other_is_not_timed() -> None:
+    from calibrate.collectives import run
+
+    gpu = _FakeGpu()
+    _, _, device_s = run._timed(gpu, gpu.call, 5)  # type: ignore[arg-type]
+    assert gpu.n_calls == 6
+    assert device_s == pytest.approx(1e-3)  # five calls between the events, one a millisecond
+
+
 def test_time_runs_from_the_last_start_to_the_last_end() -> None:
     start = np.array([[0.0, 10.0], [0.3, 10.0]])
     end = np.array([[1.0, 12.0], [1.3, 11.0]])

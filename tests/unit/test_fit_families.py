@@ -127,6 +127,23 @@ def test_one_software_is_fitted_and_the_others_are_named() -> None:
     assert any("60 rows of other software than test 1.0" in line for line in notes)
 
 
+def test_of_as_many_rows_the_software_measured_last_is_fitted() -> None:
+    rows = with_times(gemm, products(n=100), SHIPPED)
+    january = rows.assign(software="torch 2.9.1", date="2026-01-05", latency_s=3 * rows.latency_s)
+    september = rows.assign(software="torch 2.11.0", date="2026-09-05")
+    profile, notes = fitted(gemm, pd.concat([january, september], ignore_index=True))
+    family = profile.family("gemm", "torch-cublas", "bfloat16")
+    assert family.held_out is not None and family.held_out.median_ape < 0.02
+    assert any("100 rows of other software than torch 2.11.0" in line for line in notes)
+
+
+def test_rows_held_out_do_not_choose_the_software() -> None:
+    rows = with_times(gemm, products(n=100), SHIPPED)
+    hidden = rows.assign(software="test 2.0", held_out=1)
+    profile, _ = fitted(gemm, pd.concat([rows.iloc[:60].assign(held_out=0), hidden], ignore_index=True))
+    assert profile.family("gemm", "torch-cublas", "bfloat16").provenance.n_points == 60
+
+
 def test_an_unknown_library_keeps_its_name() -> None:
     rows = with_times(gemm, products(), SHIPPED).assign(implementation="my:kernel", dtype="fp8")
     profile, _ = fitted(gemm, rows)
@@ -284,6 +301,22 @@ def test_the_router_is_what_the_gate_product_leaves() -> None:
     assert router.fit_table(rows, gpu=GPU, base=None, note=notes.append) == []
     assert "gemm torch-cublas bfloat16" in notes[0]
     assert "gemm" in str(router.predict_table(rows, gpu=GPU, profile=profile).why_not[0])
+
+
+def test_routers_on_a_warm_cache_are_not_fitted_nor_predicted() -> None:
+    rows = router_rows()
+    truth = SHIPPED.family("router", "fused-topk").model_copy(update={"implementation": "moesim"})
+    cold = with_times(router, rows, Profile(device=GPU.name, families=(*SHIPPED.families, truth))).assign(
+        cache="cold"
+    )
+    warm = cold.assign(cache="warm", latency_s=0.6 * cold.latency_s)
+    both = pd.concat([cold, warm], ignore_index=True)
+    profile, notes = fitted(router, both, SHIPPED)
+    assert values(profile, "router", "moesim")["topk_s"] == pytest.approx(truth.values()["topk_s"], rel=0.1)
+    assert any("level-2 cache" in line for line in notes)
+    whole = Profile(device=GPU.name, families=(*SHIPPED.families, profile.family("router", "moesim")))
+    told = router.predict_table(both, gpu=GPU, profile=whole)
+    assert np.isfinite(told.time_s[: len(cold)]).all() and np.isnan(told.time_s[len(cold) :]).all()
 
 
 def collective_rows(op: str = "all_gather", implementation: str = "nccl", ranks=(2, 4, 8)) -> pd.DataFrame:

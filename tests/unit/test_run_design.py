@@ -26,6 +26,10 @@ def points_of(name: str) -> list[Point]:
     return candidates(next(one for one in FAMILIES if one.name == name), SCOPE)
 
 
+def test_a_family_without_a_held_out_point_has_an_order() -> None:
+    assert log_sizes([]).shape == (0, 0)
+
+
 def worst_error(sensitivity: Array, chosen: NDArray[np.int_], noise: float = 0.05) -> float:
     """Largest standard error of a predicted log time over all candidates, after a fit to those chosen."""
     x = sensitivity[chosen]

@@ -53,7 +53,8 @@ def test_a_whole_run_on_a_processor_leaves_tables_that_are_read_back(
     assert (rate < 1e13).all(), "no processor multiplies faster: something is not timed"
 
 
-def test_an_interrupt_says_how_to_go_on_and_nothing_is_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "scheduler"])
+def test_an_interrupt_says_how_to_go_on_and_nothing_is_lost(number: signal.Signals, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "calibrate", "run", "transfers", "--device", "cpu", "-o", str(tmp_path)]
     process = subprocess.Popen(
         line, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -63,7 +64,7 @@ def test_an_interrupt_says_how_to_go_on_and_nothing_is_lost(tmp_path: Path) -> N
     while time.monotonic() < deadline and not (table.exists() and table.read_text().count("\n") > 3):
         time.sleep(0.02)
     for _ in range(3):  # an impatient hand: the second and third change nothing
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         time.sleep(0.02)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -72,6 +72,12 @@ def test_steps_are_commands_that_exist(tmp_path: Path) -> None:
     assert written.parent != tmp_path, "what proves a code path only must not be fitted"
 
 
+def test_the_fit_starts_from_the_profile_of_the_gpu_that_was_measured(tmp_path: Path) -> None:
+    (tmp_path / "gemm.csv").write_text(HEADER + "gemm,h100-sxm,torch\n")
+    fit = next(s for s in steps(tmp_path, device="cuda", budget_s=240, base=None) if s.name == "fit").make()
+    assert fit[fit.index("--base") + 1] == "h100-sxm"
+
+
 def test_a_gpu_that_the_catalog_lacks_is_measured_and_not_fitted(tmp_path: Path) -> None:
     (tmp_path / "gemm.csv").write_text(HEADER + "gemm,h100-pcie,torch\n")
     assert device_of(tmp_path) == "h100-pcie"
