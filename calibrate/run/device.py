@@ -259,7 +259,8 @@ class CudaDevice:
         self.software = (
             f"{software_versions('torch', 'triton')}, cuda {torch.version.cuda}, driver {self._smi.driver()}"
         )
-        self._flush = torch.zeros(2 * self.cache_bytes // 4, dtype=torch.int32, device=self.torch_name)
+        self._flush = torch.zeros(2 * self.cache_bytes // 4, device=self.torch_name)
+        self._flushed = torch.zeros((), device=self.torch_name)
 
     def free_bytes(self) -> int:
         """Memory free on the GPU, torch's own unused blocks included."""
@@ -276,8 +277,11 @@ class CudaDevice:
         self._torch.cuda.synchronize()
 
     def flush_cache(self) -> None:
-        """Write twice the cache's size on the current stream; what follows it is queued meanwhile."""
-        self._flush.fill_(1)
+        """Read twice the cache's size on the current stream; what follows it is queued meanwhile.
+
+        Written lines would go back to memory while the next kernel runs, and slow it.
+        """
+        self._torch.amax(self._flush, dim=0, out=self._flushed)
 
     def elapsed_s(self, run: Run) -> float:
         """Time between two events around it, on the current stream."""
