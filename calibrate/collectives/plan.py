@@ -18,6 +18,8 @@ _HELD_OUT_SHARE = 0.2
 _SALT = "moesim held-out messages 899"
 """Chosen, before anything was measured, so that of the powers of two about a fifth falls out, none beside another:
 16 and 128 KiB, 2, 16 and 256 MiB."""
+_FEWEST_SIZES = 5
+"""Of fewer sizes none is held out: a fit would have too few."""
 
 
 def is_held_out(size: int) -> bool:
@@ -57,6 +59,7 @@ def plan_points(
         Of the order within one step of sizes.
     """
     rng = np.random.default_rng([seed, 2])
+    enough = len(sizes) >= _FEWEST_SIZES
     found: dict[Point, None] = {}
 
     def add(size: int, wanted: Sequence[str], among: Sequence[Group]) -> None:
@@ -65,7 +68,7 @@ def plan_points(
             for op in wanted
             if size <= largest_bytes[op]
             for index, group in enumerate(among)
-            for point in _points(op, index, group, size, item_bytes, shares, is_held_out(size))
+            for point in _points(op, index, group, size, item_bytes, shares, enough and is_held_out(size))
         ]
         found.update(dict.fromkeys(step[i] for i in rng.permutation(len(step))))
 

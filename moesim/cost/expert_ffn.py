@@ -256,7 +256,9 @@ def expert_call(op: ExpertFfn, *, gpu: Gpu, params: ExpertFfnParameters, impleme
         mean_rows = np.maximum(rows.mean(axis=-1, keepdims=True), 1e-9)
         n_experts = n_slots * np.clip((remote + rows) / mean_rows, 1.0, 1024.0)
     if library is None:
-        tile = tile_for(rows, remote, n_slots, n_experts, params)
+        # behind a sorting dispatch a library that goes by the group is told what an expert is to expect on average
+        told = rows.mean(axis=-1, keepdims=True) if op.deepep_layout and params.tile_by_group else rows
+        tile = tile_for(told, remote, n_slots, n_experts, params)
     else:
         tile = tile_choice(
             library, gpu.name, op.dtype, n_slots=n_slots, intermediate=op.intermediate, n_tokens=entered

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from calibrate.fit.common import fit_log_least_squares, grouped_folds, write_fragment
-from calibrate.fit.moe_ffn import NAMES, fit_table, predict_table
+from calibrate.fit.moe_ffn import fit_table, kernel_of, predict_table
 from calibrate.fit.moe_load import Timing, draws_of_row, timing_of, tokens_per_expert_of_row
 from calibrate.fit.moe_rows import SHAPE, sample_rows
 from calibrate.statistics import ape_stats
@@ -35,9 +35,9 @@ def table(shared_data):
 
 def rows_of(table, device, implementation, dtype):
     """Rows of one family."""
-    names = table["implementation"].map(NAMES.get)
-    fitted = ~table["implementation"].str.endswith("nongated")
-    return table[(table["device"] == device) & (names == implementation) & (table["dtype"] == dtype) & fitted]
+    table = table[(table["device"] == device) & ~table["implementation"].str.endswith("nongated")]
+    keys = [kernel_of(*pair)[1:] for pair in zip(table["implementation"], table["dtype"], strict=True)]
+    return table[[key == (implementation, dtype) for key in keys]]
 
 
 def error_of(rows, device, profile):

@@ -283,6 +283,7 @@ def test_about_a_fifth_of_the_sizes_is_held_out_whatever_else_is_measured() -> N
 
     assert left_out(sizes) == held
     assert left_out(sizes[:8]) == held & set(sizes[:8])
+    assert left_out(sizes[3:7]) == set()  # four sizes: too few to spare one
     assert 0.15 < np.mean([is_held_out(size) for size in range(1000, 3000)]) < 0.25
 
 

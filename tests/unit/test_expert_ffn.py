@@ -217,6 +217,17 @@ def test_tile_height_follows_the_mean_rows_within_its_range():
     assert tile_rows_for(np.array([80.0]), np.array([432.0]), 2, 8, by_group).tolist() == [64]
 
 
+def test_ranks_behind_a_sorting_dispatch_share_a_tile_height_where_the_library_goes_by_the_group():
+    tokens = np.array([4.0, 12.0, 40.0])[None, None, :, None] * np.ones((1, 1, 3, 8))
+    op = replace(op_of(tokens), deepep_layout=True)
+    heights = {
+        by_group: expert_call(op, gpu=GPU, params=replace(PLAIN, tile_by_group=by_group)).tile.rows
+        for by_group in (0.0, 1.0)
+    }
+    assert heights[0.0].ravel().tolist() == [16, 16, 64]
+    assert np.unique(heights[1.0]).tolist() == [32]  # 56 rows over three slots: 18.7 on average
+
+
 def test_weights_that_stay_in_the_cache_are_not_read_again():
     """A measured loop over 2 experts of 19 MB is faster than a step of an engine; over 64 experts it is not."""
     for n_slots, faster in ((2, True), (64, False)):

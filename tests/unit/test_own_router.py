@@ -359,7 +359,7 @@ def test_the_standard_library_is_text_that_every_machine_has():
     found = find_corpus(limit=100_000, only=["python"])
     (domain,) = found.domains
     assert domain.licence == "PSF-2.0"
-    assert domain.train.size > 4 * domain.held_out.size > 0
+    assert domain.train.size > 2 * domain.held_out.size > 0  # one document in ten, of the few that fit
     assert b"def " in domain.train.tobytes()
 
 
