@@ -153,11 +153,12 @@ class _Raw:
             absent * blank + column.rule,
             value=None if blank else value,
             place=_place(self.path, self.lines[i]),
-            fix=_nearest(str(value), column.choices) or (MEASURE_AGAIN if column.unit == "s" else None),
+            fix=_nearest(str(value), column.choices) or (MEASURE_AGAIN if column.unit == "s" else CORRECT),
         )
 
 
 MEASURE_AGAIN = "measure the point again or delete the line"
+CORRECT = "correct the cell or delete the line"
 _ALSO = {
     "bf16": "bfloat16", "half": "float16", "float": "float32", "fp32": "float32", "e4m3": "fp8", "fp8_e4m3": "fp8",
     "fp8_w8a8": "fp8", "mxfp4": "w4a16_mxfp4",
@@ -176,7 +177,7 @@ def _suffix(path: Path) -> str:
     if path.is_dir():
         raise MeasurementError("is a folder", place=str(path), fix="name the files in it")
     if not path.exists():
-        raise MeasurementError("there is no such file", place=str(path))
+        raise MeasurementError("there is no such file", place=str(path), fix="check its name and folder")
     if not path.is_file():
         raise MeasurementError("is no regular file", place=str(path))
     suffix = {".pq": ".parquet"}.get(path.suffix.lower(), path.suffix.lower())
@@ -198,7 +199,9 @@ def _read_csv(path: Path) -> _Raw:
         raise MeasurementError("is not UTF-8 text", place=f"{path}:{line}", fix="save it as UTF-8") from error
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
-        raise MeasurementError("is not text: it holds zero bytes", place=f"{path}:{line}")
+        raise MeasurementError(
+            "is not text: it holds zero bytes", place=f"{path}:{line}", fix="save it as UTF-8 text"
+        )
     if not text.strip():
         raise MeasurementError("is empty", place=str(path), fix="measure first, or leave the file out")
     _check_end(path, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -31,7 +32,9 @@ def guarded(command: Callable[[], object]) -> None:
     except typer.Abort:
         stopped = INTERRUPTED
     except OSError as error:
-        _refuse(f"moesim: {error.filename}: {error.strerror}" if error.filename else f"moesim: {error}")
+        where = f"{error.filename}: " if error.filename else ""
+        fix = "; fix: free some space, or write elsewhere" if error.errno == errno.ENOSPC else ""
+        _refuse(f"moesim: {where}{error.strerror or error}{fix}")
     except UnicodeError as error:
         _refuse(f"moesim: {error}")
     except Exception as error:

@@ -761,7 +761,10 @@ def test_the_module_runs_alone_as_torchrun_calls_it() -> None:
         [sys.executable, "-m", "calibrate", "fit", "no.csv", "--device", "h200", "-o", "p.yaml"],
         capture_output=True, text=True, cwd=REPOSITORY, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (2, "moesim: no.csv: there is no such file\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "moesim: no.csv: there is no such file; fix: check its name and folder\n",
+    )
 
 
 def test_no_rows_of_the_device_is_an_error_of_the_library_too(tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ def test_truncated_parquet_is_refused(tmp_path: Path, share: float) -> None:
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path) == ": is a folder; fix: name the files in it"
-    assert refusal(tmp_path / "no.csv") == ": there is no such file"
+    assert refusal(tmp_path / "no.csv") == ": there is no such file; fix: check its name and folder"
 
 
 def test_a_spreadsheet_s_habits_are_taken(tmp_path: Path) -> None:

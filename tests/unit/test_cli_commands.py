@@ -393,6 +393,13 @@ def stopped_by(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
     return int(stop.value.code or 0)
 
 
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stopped_by(OSError(28, "No space left on device"), monkeypatch) == 2
+    assert capsys.readouterr().err == (
+        "moesim: No space left on device; fix: free some space, or write elsewhere\n"
+    )
+
+
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped_by(KeyboardInterrupt(), monkeypatch) == 130
     assert capsys.readouterr().err.strip() == "moesim: stopped"
