@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesim.errors import ProfileError
+from moesim.hardware.gpu import Gpu
 from moesim.hardware.profile import Family, Profile
 
 __all__ = ["BACKENDS", "TRAINING", "Asked", "Backend", "BackendName", "Key", "backend_of"]
@@ -50,6 +51,10 @@ class Backend:
     """Attention with keys and values of their own, where prompts of latent attention are not FlashAttention 3's."""
     latent: str = "mla-fa3"
     """Decode attention on a cached latent."""
+    widened_by_ep: tuple[str, ...] = ()
+    """Formats of experts that the engine widens to bfloat16 when it loads them, where expert parallelism spreads them
+    and the GPU has no FP4 units. SGLang's triton_kernels run on one expert rank alone (``server_args.py``, 0.5: chosen
+    for gpt-oss where ``ep_size == 1``); else it calls ``upcast_from_mxfp`` (``mxfp4.py``)."""
     stand_in: Backend | None = None
     """Whose kernels take the place of those that a profile lacks; None where all are to be there."""
 
@@ -74,6 +79,11 @@ class Backend:
                 fix=f"use one of {', '.join(sorted(self.expert_ffn))}",
             )
         return self.expert_ffn[dtype]
+
+    def held_as(self, dtype: str, *, ep: int, gpu: Gpu) -> str:
+        """Format in which experts stored as `dtype` lie in memory and are multiplied."""
+        widened = dtype in self.widened_by_ep and ep > 1 and "fp4" not in gpu.flops_per_s
+        return "bfloat16" if widened else dtype
 
     def key(self, op: str, dtype: str, kind: str = "") -> Key:
         """Name of the family that this engine's kernel has.
@@ -152,10 +162,11 @@ BACKENDS: dict[str, Backend] = {
             "bfloat16": "sglang-triton",
             "fp8_block": "sglang-triton",
             "fp8": "vllm-cutlass",
-            "w4a16_mxfp4": "vllm-triton",  # OpenAI's triton_kernels, which both engines call on Hopper
+            "w4a16_mxfp4": "vllm-triton",  # OpenAI's triton_kernels, which both engines call
         },
         "sglang-custom",
         mixes_prefill=False,
+        widened_by_ep=("w4a16_mxfp4",),
     ),
     "vllm": Backend(
         "vllm",

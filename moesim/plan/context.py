@@ -156,7 +156,9 @@ class Context:
             cluster,
             layout,
             self.weight_dtype,
-            self.expert_dtype,
+            self.expert_dtype
+            if phase == "train"
+            else self.backend.held_as(self.expert_dtype, ep=layout.ep, gpu=cluster.gpu),
             self.kv_dtype,
             dispatch,
             choice.overlap if exchanges else "none",
@@ -200,6 +202,11 @@ class Context:
         if formats and "fp8" not in gpu.flops_per_s:
             said.append(
                 f"{gpu.name} has no FP8 units: {', '.join(sorted(formats))} weights are widened to 16 bits"
+            )
+        if self.backend.held_as(self.expert_dtype, ep=2, gpu=gpu) != self.expert_dtype:
+            said.append(
+                f"{self.backend.name} widens {self.expert_dtype} experts to bfloat16 on {gpu.name} where ep > 1: "
+                "nearly four times the memory"
             )
         if model.max_context and longest > model.max_context:
             said.append(f"{model.name} was trained for {model.max_context:,} tokens, not {longest:,.0f}")

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from moesim.errors import LayoutError, ProfileError
+from moesim.hardware import load_cluster
+from moesim.hardware.gpu import weight_bytes_per_element
 from moesim.plan.context import Choice, Context
 from moesim.scenario.read import parse_scenario
 from moesim.work.case import Layout
+from moesim.work.memory import rank_elements
 from tests.work_cases import case_of, context_of, h200
 
 TEXT = """
@@ -102,3 +105,47 @@ def test_an_engine_without_the_format():
     case = context.case(h200(), Layout(), Choice(), "decode")
     with pytest.raises(ProfileError, match=r"no expert kernel of sglang.*fix: use one of"):
         context.pricer(case, "decode").backend.expert_ffn_for(case.expert_dtype)
+
+
+@pytest.mark.parametrize(
+    ("backend", "gpu", "ep", "held"),
+    [
+        ("sglang", "h200-sxm", 1, "w4a16_mxfp4"),
+        ("sglang", "h200-sxm", 8, "bfloat16"),
+        ("sglang", "b200-sxm", 8, "w4a16_mxfp4"),  # multiplies FP4 itself
+        ("vllm", "h200-sxm", 8, "w4a16_mxfp4"),
+    ],
+)
+def test_sglang_widens_mxfp4_experts_that_are_spread(backend, gpu, ep, held):
+    """server_args.py and mxfp4.py of SGLang 0.5: triton_kernels on one expert rank, upcast weights on more."""
+    context = read("gpt-oss-120b", f"backend: {backend}")
+    cluster = load_cluster(gpu=gpu, nodes=1)
+    layout = Layout(tp=8, dp=1, ep=ep) if ep == 1 else Layout(tp=1, dp=8, ep=ep)
+    assert context.case(cluster, layout, Choice(), "decode").expert_dtype == held
+    assert context.case(cluster, layout, Choice(), "train").expert_dtype == "w4a16_mxfp4"
+    warned = any("widens w4a16_mxfp4 experts" in line for line in context.warnings(cluster, 1024.0))
+    assert warned == (backend == "sglang" and gpu == "h200-sxm")
+
+
+def test_widened_experts_take_their_memory():
+    context = read("gpt-oss-120b")
+    held = {
+        name: sum(rank_elements_bytes(context_case))
+        for name, context_case in (
+            ("spread", context.case(h200(), Layout(tp=1, dp=8, ep=8), Choice(), "decode")),
+            ("cut", context.case(h200(), Layout(tp=8, etp=8), Choice(), "decode")),
+        )
+    }
+    # 114.7B expert parameters over 8 GPUs: 2 bytes each, or 4.25 bits
+    assert held["spread"] == pytest.approx(114.7e9 / 8 * 2, rel=0.02)
+    assert held["cut"] == pytest.approx(114.7e9 / 8 * 0.53125, rel=0.02)
+
+
+def rank_elements_bytes(case):
+    """Bytes of the experts of one rank."""
+    return [
+        n * weight_bytes_per_element(dtype)
+        for stage in case.stages
+        for (part, dtype), n in rank_elements(case, stage).items()
+        if part == "expert"
+    ]
